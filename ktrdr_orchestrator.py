@@ -1,0 +1,3000 @@
+#!/usr/bin/env python3
+"""Run a milestone plan, task by task, with Claude Code inside a sandbox.
+
+    run, resume, task PLAN [ID]    work; check, explain    read, change nothing
+    status, history, costs, logs   look; fetch             bring the work home
+    sandbox init|up|reset|shell|claude|status|down         the docker sandbox's life
+
+What it promises (each is proved by tests named after it)
+    1. A task is recorded as completed only after its attempt, its verdict and its
+       checkpoint were saved.
+    2. Killing this program at any instant loses at most the attempt in flight, and
+       no limit is evaded by crashing: an attempt is counted before it starts.
+    3. Two runs of one milestone, or of one sandbox, never overlap.
+    4. Nothing that the agent wrote is executed outside the sandbox; the host
+       repository is never written, except by `fetch` into a branch of its own.
+    5. Without a terminal it never waits for a person; the exit status tells.
+    6. When a run ends, no process that it started is alive.
+    7. Every limit that is announced is enforced.
+    8. No secret in argv, state or file names.
+    9. Telemetry that is off, dead, slow or wrong changes nothing but the telemetry.
+
+Files, under the state directory: <milestone>_state.json (StateStore), .lock (RunLock),
+    ledger.jsonl (Ledger), <milestone>/<task>-<n>.ndjson and .stderr (Transcript)
+Settings: flag > environment ORCHESTRATOR_* > orchestrator.ini > default (Config)
+Exit status: 0 done, 1 failed, 2 usage, plan, settings or state, 3 a person is needed,
+    4 already running, 5 sandbox unusable, 70 bug, 75 try later, 130, 143 interrupted
+
+How to read this file: top to bottom. A section uses only names from sections above
+it; the tag in its banner says what it may touch: [vocabulary] words, validation only;
+[pure] decisions, no I/O, clock or environment; [shell] adapters, one outside thing
+each; [flow] order of work, through adapters handed in; [cli] arguments, wiring.
+"""
+from __future__ import annotations
+
+import argparse
+import configparser
+import contextlib
+import dataclasses
+import difflib
+import enum
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import selectors
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, TextIO
+
+__version__ = "0.1.0"
+PROGRAM = "ktrdr-orchestrator"
+
+# ==== 1. Constants, exit codes, errors ========================= [vocabulary]
+
+STATE_VERSION = 1                # raised on every incompatible change of the state file
+KILL_GRACE_S = 3.0               # SIGINT -> SIGKILL; the CLI answers SIGINT in 0.35 s
+RESULT_GRACE_S = 10.0            # `result` event -> end; seen to hang for over 60 s
+DRAIN_GRACE_S = 0.5              # exit of the process -> its pipes are given up
+START_TIMEOUT_S = 120.0          # until the first byte; a cold start takes 0.7 s
+HEARTBEAT_S = 30.0               # a silent agent is mentioned this often
+MAX_LINE_BYTES = 2 << 20         # a longer event goes to the transcript undecoded
+STDERR_TAIL_BYTES = 4096         # what of stderr a person gets to see
+EVIDENCE_CHARS = 500             # of an error or a message in state, ledger, prompts
+COMMAND_TIMEOUT_S = 120.0        # git, docker: anything that is not the agent
+PROBE_TIMEOUT_S = 20.0           # one probe of `check`
+SLOW_TIMEOUT_S = 3600.0          # the sandbox image, a large repository
+GATE_TIMEOUT_S = 900.0           # a `**Verify:**` command
+TELEMETRY_CLOSE_S = 1.0          # what a dead backend may cost at the end (promise 9)
+LIMIT_MARGIN_S = 60.0            # after a usage limit's reset, before the next call
+MAX_QUESTIONS = 5                # per task
+PIPE_BYTES = 1 << 20             # of a pipe to an agent; Linux's unprivileged maximum
+PR_SET_CHILD_SUBREAPER = 36      # linux/prctl.h
+MARK = "KTRDR_SANDBOX"           # environment variable that proves whose a process is
+PASSED_BY_HAND = "passed, I checked"   # a person's word that decides an E2E scenario
+MISSING_SESSION = "missing_session"    # the rule that a new session cures
+
+class ExitCode(enum.IntEnum):
+    """What the shell, cron and scripts rely on (sysexits.h where it has a word)."""
+    OK = 0
+    FAILED = 1                   # a task, a loop, E2E, the money limit
+    USAGE = 2                    # usage, plan, settings or state
+    NEEDS_HUMAN = 3              # a question is parked, or nobody is logged in
+    LOCKED = 4                   # already running
+    SANDBOX = 5                  # unusable
+    INTERNAL = 70                # a bug in this program
+    TRY_LATER = 75               # an outage or a usage limit outlasted the wait
+    INTERRUPTED, TERMINATED = 130, 143
+
+class OrchestratorError(Exception):
+    """A failure the user can act on: printed as message and hint, no traceback."""
+    exit_code = ExitCode.FAILED
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+class UsageError(OrchestratorError):
+    """The command line, a setting (the message names its source) or the plan (the
+    message starts with path:line) cannot be carried out as written."""
+    exit_code = ExitCode.USAGE
+
+class StateError(OrchestratorError):
+    """State could not be read or written; the file on disk was left as it is."""
+    exit_code = ExitCode.USAGE
+
+class LockHeldError(OrchestratorError):
+    """Another live process runs this milestone or uses this sandbox."""
+    exit_code = ExitCode.LOCKED
+
+class SandboxError(OrchestratorError):
+    """The sandbox did not do what it was asked to."""
+    exit_code = ExitCode.SANDBOX
+
+class NeedsPersonError(OrchestratorError):
+    """Nothing but a person can make the API answer: login, credit, model."""
+    exit_code = ExitCode.NEEDS_HUMAN
+
+class OutageError(OrchestratorError):
+    """The API stayed unavailable longer than the run may wait."""
+    exit_code = ExitCode.TRY_LATER
+
+class Interrupted(OrchestratorError):
+    """SIGINT, SIGTERM or SIGHUP arrived; everything started has been ended."""
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signal_number).name}",
+                         hint="the same command goes on from here")
+        self.by_hand = signal_number == signal.SIGINT
+        self.exit_code = ExitCode.INTERRUPTED if self.by_hand else ExitCode.TERMINATED
+
+# ==== 2. Settings ============================================== [vocabulary]
+
+def _setting(default: Any, help: str, minimum: float = 0, maximum: float = 1e9,
+             choices: tuple[str, ...] = ()) -> Any:
+    """A field of Config; more seconds than 1e9 would overflow a timestamp."""
+    return field(default=default, metadata={
+        "help": help, "minimum": minimum, "maximum": maximum, "choices": choices})
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Every setting, resolved. One field is one flag, variable and ini key."""
+    state_dir: Path = _setting(Path("state"), "where state, ledger, transcripts live")
+    sandbox: str = _setting("docker", "where to work", choices=("docker", "local"))
+    compose_files: str = _setting("sandbox/docker-compose.yml",
+                                  "the sandbox's compose files, separated by ':'")
+    repo: str = _setting(".", "repository to work on: a folder, or a URL (docker)")
+    base: str = _setting("HEAD", "the commit a new milestone starts from")
+    claude: str = _setting("claude", "the Claude Code command, as the sandbox finds it")
+    model: str = _setting("", "model for the agent; empty: the CLI's own default")
+    max_turns: int = _setting(50, "turns of one agent call", 1)
+    max_attempts: int = _setting(3, "attempts per task", 1)
+    max_cost_usd: float = _setting(0.0, "money for the whole milestone; 0: no limit")
+    task_timeout_s: float = _setting(3600.0, "seconds for one agent call", 1)
+    idle_timeout_s: float = _setting(900.0, "seconds an agent may stay silent", 1)
+    error_similarity: float = _setting(0.8, "0..1, two errors this alike are one", 0, 1)
+    outage_delays_s: tuple[float, ...] = _setting(
+        (30, 60, 120, 300, 600), "seconds to wait before each retry of an outage")
+    limit_wait_s: float = _setting(21600.0, "longest wait for a usage limit to reset")
+
+SETTINGS = dataclasses.fields(Config)
+
+def setting_key(name: str) -> str:
+    return name.removesuffix("_s")       # people write no unit
+
+def setting_flag(name: str) -> str:
+    return "--" + setting_key(name).replace("_", "-")
+
+def setting_value(name: str, text: str, source: str) -> Any:
+    """What a person wrote, in the field's type. Raises UsageError."""
+    kind: Any = type(getattr(Config(), name))
+    about = next(f.metadata for f in SETTINGS if f.name == name)
+    wants = {int: "a whole number", float: "a number", tuple: "numbers"}.get(kind)
+    problem = ""
+    try:
+        value: Any = (tuple(map(float, re.split(r"[,\s/]+", text.strip())))
+                      if kind is tuple else kind(text))
+        numbers = value if kind is tuple else (value,) if wants else ()
+        if not all(about["minimum"] <= n <= about["maximum"] for n in numbers):
+            problem = f"is not in {about['minimum']:g}..{about['maximum']:g}"
+        elif about["choices"] and value not in about["choices"]:
+            problem = f"is none of {', '.join(about['choices'])}"
+    except ValueError:
+        problem = f"is not {wants}"
+    if problem:
+        raise UsageError(f"{source}: {text!r} {problem}",
+                         hint=f"{setting_flag(name)} takes {about['help']}")
+    return value
+
+def resolve_config(
+    flags: Mapping[str, str | None], environ: Mapping[str, str],
+    file: Mapping[str, str], *, file_name: str = "orchestrator.ini",
+) -> tuple[Config, dict[str, str]]:
+    """Merge flag > environment > file > default; second: where each value came from.
+    Raises UsageError for unknown variables and keys and for bad values, used or not."""
+    keys = {setting_key(s.name): s.name for s in SETTINGS}
+    ours = {k: v for k, v in environ.items() if k.startswith("ORCHESTRATOR_")}
+    variables = {f"ORCHESTRATOR_{key.upper()}": name for key, name in keys.items()}
+    config, sources = Config(), {s.name: "default" for s in SETTINGS}
+    for where, written, known in (           # the last word wins
+            (f"{file_name} ", file, keys), ("environment ", ours, variables),
+            ("", {setting_flag(name): text for name, text in flags.items()},
+             {setting_flag(s.name): s.name for s in SETTINGS})):
+        for name, text in written.items():
+            if name not in known:
+                raise UsageError(f"{where}{name}: unknown setting",
+                                 hint=f"known: {', '.join(known)}")
+            if text is not None:
+                value = setting_value(known[name], text, where + name)
+                config = dataclasses.replace(config, **{known[name]: value})
+                sources[known[name]] = where + name
+    return config, sources
+
+# ==== 3. Data model ============================================ [vocabulary]
+
+E2E_ID = "e2e"                   # of the scenario, which stands among the tasks
+
+class Mark(enum.StrEnum):
+    """What a task's heading says about it: `[x]`, DONE / ~~struck~~, DEFERRED."""
+    NONE, DONE, SKIPPED = "", "done", "skipped"
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task section. Lines are 1-based, in the plan file, both ends included;
+    `text` is as written, heading included; `gates` the commands under `**Verify:**`."""
+    id: str
+    title: str
+    line: int
+    end_line: int
+    text: str
+    type: str = ""
+    files: tuple[str, ...] = ()
+    criteria: tuple[str, ...] = ()
+    gates: tuple[str, ...] = ()
+    mark: Mark = Mark.NONE
+    timeout_s: float | None = None
+    model: str = ""
+
+    @property
+    def sha256(self) -> str:     # tells an edited task from an untouched one
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something about the plan that a person should see; `line` is 1-based."""
+    line: int
+    message: str
+    hint: str = ""
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A parsed plan. With `errors` it must not be run; `context` is the prose before
+    the first task and E2E section."""
+    path: Path
+    milestone: str
+    title: str
+    sha256: str
+    branch: str = ""
+    tasks: tuple[Task, ...] = ()
+    e2e: Task | None = None      # the scenario, with the id `e2e`
+    context: str = ""
+    warnings: tuple[Problem, ...] = ()
+    errors: tuple[Problem, ...] = ()
+
+    @property
+    def steps(self) -> tuple[Task, ...]:
+        """What a milestone consists of: its tasks, then the E2E scenario."""
+        return (*self.tasks, self.e2e) if self.e2e else self.tasks
+
+class Ended(enum.StrEnum):
+    """Why we stopped reading an agent."""
+    EXIT = "exit"                # the process ended by itself
+    GRACE = "grace"              # hung after its result event; the result counts
+    TIMEOUT, IDLE, NO_START = "timeout", "idle", "no_start"
+    STOPPED = "stopped"          # by us: signal, loop
+    LOST = "lost"                # the transcript ends without saying
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens and money of one call, as the CLI reports them."""
+    input: int = 0
+    output: int = 0
+    cache_read: int = 0
+    cache_creation: int = 0
+    cost_usd: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Usage(*map(sum, pairs))
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """By kind, as the ledger, `explain` and the metrics name them."""
+        return {k: n for k, n in dataclasses.asdict(self).items() if k != "cost_usd"}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentResult:
+    """What one `claude -p` left behind, before any judgement. `usage` and `models` are
+    of this call alone, also in a resumed session, whose own counters go on."""
+    ended: Ended = Ended.LOST
+    exit_code: int | None = None
+    has_result: bool = False     # a result event arrived; `text` is its message
+    session_id: str = ""
+    text: str = ""
+    structured: Mapping[str, Any] | None = None
+    is_error: bool = False
+    subtype: str = ""
+    terminal_reason: str = ""
+    api_error: str = ""
+    api_error_status: int | None = None
+    errors: tuple[str, ...] = ()
+    limit_resets_at: float | None = None   # seconds since the epoch
+    usage: Usage = Usage()
+    models: Mapping[str, Usage] = field(default_factory=dict)
+    turns: int = 0
+    duration_s: float = 0.0
+    stderr_tail: str = ""
+    events: int = 0
+    bad_lines: int = 0           # no JSON object, or too long to decode
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a person is asked. An empty recommendation: the agent had none."""
+    text: str
+    options: tuple[str, ...] = ()
+    recommendation: str = ""
+
+class VerdictStatus(enum.StrEnum):
+    COMPLETED, FAILED, NEEDS_HUMAN = "completed", "failed", "needs_human"
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A judgement and its reason: the rule that decided and what it saw."""
+    status: VerdictStatus
+    rule: str
+    evidence: str
+    question: Question | None = None
+
+class OutageKind(enum.StrEnum):
+    RETRY = "retry"              # waiting cures it
+    LIMIT = "limit"              # waiting until the reset cures it
+    PERSON = "person"            # no waiting cures it: login, credit, model
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """The API cannot answer now. Never charged to a task."""
+    kind: OutageKind
+    reason: str
+    resets_at: float | None = None   # seconds since the epoch
+
+class TaskStatus(enum.StrEnum):
+    """`running` is also what a killed run leaves behind."""
+    PENDING, RUNNING, COMPLETED = "pending", "running", "completed"
+    FAILED, NEEDS_HUMAN = "failed", "needs_human"
+
+OVER = (TaskStatus.COMPLETED, TaskStatus.FAILED)
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One finished agent call and what was made of it, as state and ledger keep it."""
+    number: int
+    started_at: str              # RFC 3339, UTC
+    duration_s: float
+    ended: str
+    status: str
+    rule: str
+    evidence: str
+    session_id: str
+    turns: int
+    cost_usd: float
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """Where one task stands. `started` is saved before each attempt, so a crash
+    counts; `base` and `checkpoint` are the commits before and after the task."""
+    title: str = ""
+    sha256: str = ""
+    status: TaskStatus = TaskStatus.PENDING
+    started: int = 0
+    attempts: tuple[Attempt, ...] = ()
+    question: Question | None = None
+    answer: str = ""
+    reason: str = ""
+    base: str = ""
+    checkpoint: str = ""
+
+    @property
+    def has_verdict(self) -> bool:
+        """The last attempt that was counted was also judged and saved."""
+        return bool(self.attempts) and self.attempts[-1].number == self.started
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """What a run waits for: `until` is RFC 3339, UTC."""
+    reason: str
+    until: str
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """All that survives a crash. Immutable: each step returns a new state."""
+    milestone: str
+    plan_path: str
+    plan_sha256: str
+    branch: str
+    sandbox: str                 # the kind it was started in
+    started_at: str
+    updated_at: str = ""
+    base: str = ""               # the commit the milestone started from
+    head: str = ""               # the latest checkpoint
+    tasks: Mapping[str, TaskRecord] = field(default_factory=dict)
+    wait: Wait | None = None
+    cost_usd: float = 0.0
+
+    def record(self, task_id: str) -> TaskRecord:
+        return self.tasks.get(task_id, TaskRecord())
+
+    def updated(self, task_id: str, **changes: Any) -> RunState:
+        """This state with some fields of one task record replaced."""
+        new = dataclasses.replace(self.record(task_id), **changes)
+        return dataclasses.replace(self, tasks={**self.tasks, task_id: new})
+
+# ==== 4. Plan parser ================================================= [pure]
+# The format for people: docs/plan-format.md. Lines are 0-based up to Task and Problem.
+
+CONTEXT_CHARS = 8000             # of the prose before the first task, of an item
+_HEAD_CHARS = 500                # of a line are matched; keeps every expression linear
+_RULE = " \t-*_"                 # a line of these alone is a rule or blank
+_FRONT_MATTER = re.compile(r"---[ \t]*\n(?=[\w-]+:)(?:(?!##).*\n)*?---[ \t]*\n")
+_MILESTONE = re.compile(r"^milestone:[ \t]*([^#\n]*)", re.MULTILINE)
+_UNSAFE = re.compile(r"(?:[^\w./+#-]+\.*|\.\.+|/[/.]+)+", re.ASCII)   # in a name
+# Atomic: with backtracking "Task 1.1 Complete: x" becomes task 1 ". 1 Complete".
+_ID = (r"(?>(?:[A-Za-z]{1,4}[.-]?)?\d+[A-Za-z]?"
+       r"(?:[.-](?:[A-Za-z]{0,4}\d+[A-Za-z]?|[A-Z]{1,4})(?!\w))*)(?!\w)")
+_WORD = r"(?:Task|TASK|task)(?:[\s#-]{1,3}|(?=\d))"
+_TASK = re.compile(              # marks and a (tag) may stand before the separator
+    rf"{_WORD}({_ID})(?:\s*(?:\[[^\]]*\]|[^\w\s:：—–,.()\[\]/&+~-]))*"
+    r"(?:\s*\([^()]*\)(?=\s*[:：—–]))?\s*(?:[:：—–]|(?:--?|[,.])(?=\s))(.*)")
+_SEVERAL = re.compile(
+    rf"(?:Task|TASK|task)(?:[sS]\s+{_ID}.*[:：—–]|[\s#-]+(?:\d[\d.]*\.\d+-\d+\.\d|{_ID}"
+    rf"\s*(?:[-–—,&+/~]|to|and)\s*(?:Task )?(?=\d){_ID}\s*(?:[:：—–]|[,.-]\s|$)))")
+_MENTION = re.compile(rf"(?:.*\(Tasks?\s|{_WORD})({_ID})(.*)")
+_NEAR_MISS = re.compile(r"\s*(?:[-*+]\s+\[.\]|(?:##+|\*\*)\W*"
+                        rf"(?:(?:Task|Subtask|Story|Step|任務|任务)\s*)?{_ID}\W)")
+_HEADING = re.compile(           # "##Task 1.1: x" is a slip, "#!/bin/sh" is none
+    r" {0,3}(#{1,6})(?:[ \t]+|$|(?=\W{0,9}(?:Task|TASK)))(.*?)(?:[ \t]#+)?[ \t]*$")
+_DECORATION = re.compile(r"(?:[^\w\[]|\[[^\]]*\]|\d[\d.)]*\s)*")
+_NOISE = re.compile(r"\[[ xX~✓✔]?\]|[✅☑✔✓☐⬜⏳🔄❌🚧]\ufe0f?|~~|\*\*|`"
+                    r"|\*?\((?i:completed?|done)\)\*?")
+_STATUS = r"[(\[]\**(?i:{0})\**[)\]]|(?:[(\[*✅✔☑\ufe0f]|\s[—–-]+)\s*\**(?:{0})\b"
+_MARKS = {                       # best first
+    Mark.SKIPPED: re.compile(r"\W*~~|.*(?:" + _STATUS.format(
+        "REMOVED|DEFERRED|SKIP(?:PED)?|SUPERSEDED|CONSOLIDATED|MOVED") + ")"),
+    Mark.DONE: re.compile(r"(?!.*(?i:in progress)).*(?:\[[xX✓✔]\]|[✅✔☑]|"
+                          + _STATUS.format("DONE|COMPLETED?") + ")")}
+_BLOCK = re.compile(             # opens or closes a fence, or opens a comment
+    r"((?:[ \t>]|[-*+][ \t]|\d+[.)][ \t])*+)(?:(`{3,}+|~{3,}+)([^`]*)$|<!--(?!.*-->))")
+_SHELL = re.compile(r"[ \t>]*(?:`+|~+)\s*(?:bash|sh|shell|zsh)?\s*", re.IGNORECASE)
+_ITEM = re.compile(r"([ \t]*)(?:[-*+]|\d+[.)])\s+(\[[ xX~✓✔]\]\s*)?(.*)")
+_LABEL = re.compile(             # "**Name:** value", "**Name**: value", "# Name"
+    r"\s*(?:(?:[-*+]|\d+[.)])\s+(?=\*\*))?(?P<mark>\*\*|#+\s+)?(?:"
+    r"(?P<acceptance>acceptance(?: criteria| tests)?\b|验收标准|驗收標準)"
+    r"|(?P<success>(?:success criteria|done when|definition of done)\b)|(?(mark)|(?!))"
+    r"(?:(?P<files>files?(?:\(s\))?(?: to \w+| \w+ed)?|文件\w*)|(?P<verify>verify)"
+    r"|(?P<type>type)|(?P<timeout>timeout)|(?P<model>model)|(?P<branch>branch))"
+    r"(?=\s*(?:[:：*(]|$)))[^*:：]*"
+    r"(?:[:：]\s*(?:\*\*)?|\*\*\s*(?:[:：]|$|(?=\())|(?(mark)$|(?!)))", re.IGNORECASE)
+_CODE = re.compile(r"(`{1,2})(?!`)(.+?)(?<!`)\1(?!`)")
+_COMMANDS = re.compile(rf"(?:[\s,;&]*+(?:(?:and|then)\b\s*+)?{_CODE.pattern})*")
+_TIME = re.compile(r"(\d{1,9}) *(?:s(?:ec\w*)?|([mh])(?:in\w*|ours?)?)?")
+_E2E = re.compile(               # best first
+    r"((?:E2E|end[- ]to[- ]end) (?:tests?|scenario)\b)"
+    r"|(.*\b(?:E2E|end[- ]to[- ]end)\b.*\b(?:tests?|scenario|(?:valid|verific)ation)\b)"
+    r"|((?:.*: )?(?:(?:milestone|phase) [\w.]+ |final )?(?:valid|verific)ation"
+    r"(?: commands.*| \w+(?: \(.*)?)?$|manual (?:test|smoke)|post-completion)", re.I)
+
+@dataclass(frozen=True, slots=True)
+class _Heading:
+    """A heading and the lines below it up to `end`; `id` only if it is a task's."""
+    line: int
+    level: int
+    text: str
+    plain: str                   # from the first word on, without emphasis
+    id: str
+    title: str
+    end: int                     # without the rules and blanks before it
+
+@dataclass(slots=True)
+class _Label:
+    """A `**Label:** value` with the list or the script below it."""
+    kind: str = ""               # a group of _FIELD; "" means nothing here
+    value: str = ""
+    items: list[str] = field(default_factory=list)
+    script: str = ""
+
+@dataclass(frozen=True, slots=True)
+class _Doc:
+    """The file in one reading of its fences."""
+    lines: Sequence[str]
+    headings: Sequence[_Heading]
+    tasks: Mapping[int, _Heading]          # by line
+    fences: Mapping[int, int]    # first and last line of each
+    hidden: Sequence[int]        # whether the line is fenced, a comment or front matter
+    unclosed: int | None         # a fence or comment
+
+    def labels(self, start: int, end: int) -> list[_Label]:
+        labels, indent = [_Label()], 0
+        for i in range(start, end):
+            line, label = self.lines[i], labels[-1]
+            found, item = _LABEL.match(line), _ITEM.match(line)
+            if i in self.fences and label.kind == "verify":
+                if not label.items and _SHELL.fullmatch(line):
+                    label.script = "\n".join(self.lines[i + 1:self.fences[i]])
+                labels.append(_Label())
+            elif self.hidden[i] or not line.strip(_RULE):
+                continue
+            elif found:
+                labels.append(_Label(found.lastgroup or "", line[found.end():].strip()))
+            elif item and (not label.items or len(item[1]) == indent):
+                indent = len(item[1])
+                label.items.append(item[3].strip())
+            elif label.items and line[0] in " \t":
+                label.items[-1] = f"{label.items[-1]} {line.strip()}"[:CONTEXT_CHARS]
+            elif label.items or label.kind == "verify" or line[0] in "*#":
+                labels.append(_Label())
+        return labels
+
+def decode_plan(data: bytes, *, path: Path) -> str:
+    """The plan's text. Raises UsageError with path:line unless it is clean UTF-8."""
+    bad = data.find(b"\0")       # valid UTF-8, but no text
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        bad = error.start
+    if bad >= 0:
+        line = data.count(b"\n", 0, bad) + 1
+        raise UsageError(f"{path}:{line}: byte 0x{data[bad]:02x}", hint="save as UTF-8")
+    return text
+
+def _read(lines: Sequence[str], start: int, *, nested: bool) -> _Doc:
+    """Find fences and headings. `nested`: an info string inside a fence opens one more,
+    against CommonMark; either policy alone loses tasks of real plans."""
+    hidden = bytearray(b"\1" * start + b"\0" * (len(lines) - start))
+    fences: dict[int, int] = {}
+    stack: list[tuple[int, re.Match[str]]] = []
+    for i in range(start, len(lines)):
+        block = _BLOCK.match(lines[i]) if re.search("```|~~~|<!--", lines[i]) else None
+        opener = stack[-1][1] if stack else None
+        hidden[i] = bool(opener or block)
+        if opener and not opener[2]:           # a comment
+            stack = [] if "-->" in lines[i] else stack
+        elif block and not opener:
+            stack.append((i, block))
+        elif block and opener and block[2] and block[2].startswith(opener[2]):
+            if block[3].strip():
+                stack += [(i, block)] if nested else []
+            elif not block[1].strip(" \t>") and len(block[1]) < len(opener[1]) + 4:
+                fences[stack.pop()[0]] = i
+    headings: list[_Heading] = []
+    ends = [len(lines)] * 7      # by level; 0: tasks, which end every section
+    for i in range(len(lines) - 1, -1, -1):
+        found = None if hidden[i] else _HEADING.match(lines[i][:_HEAD_CHARS])
+        if found:
+            level = len(found[1])
+            plain = _DECORATION.sub("", re.sub(r"\*\*|~~|`", "", found[2]), count=1)
+            task = None if _SEVERAL.match(plain) else _TASK.match(plain)
+            title = " ".join(_NOISE.sub(" ", task[2]).split()) if task else ""
+            end = min(ends[:level + 1])
+            while end > i + 1 and not lines[end - 1].strip(_RULE):
+                end -= 1
+            headings.append(_Heading(i, level, found[2], plain, task[1] if task else "",
+                                     title.rstrip(" -—–"), end))
+            ends[0 if task else level] = i
+    headings.reverse()
+    tasks = {heading.line: heading for heading in headings if heading.id}
+    return _Doc(lines, headings, tasks, fences, hidden, stack[0][0] if stack else None)
+
+def _choose_reading(lines: Sequence[str], start: int, problems: list[Problem]) -> _Doc:
+    """Nesting is believed if every fence ends; two plausible lists are an error."""
+    doc, other = (_read(lines, start, nested=nested) for nested in (True, False))
+    if doc.unclosed is not None:
+        doc, other = other, doc
+    differing = doc.tasks.keys() ^ other.tasks.keys()
+    if differing:
+        is_open = all(d.unclosed is None and len({h.id for h in d.tasks.values()})
+                      == len(d.tasks) for d in (doc, other))
+        problems.append(Problem(
+            min(differing) + 1, "a task or not? nested fences can be read in two ways",
+            "give the outer fence four backticks, ````" if is_open else ""))
+    if doc.unclosed is not None:
+        below = _read(lines[doc.unclosed + 1:], 0, nested=False)
+        shown = lines[doc.unclosed].strip()[:80]
+        problems.append(Problem(doc.unclosed + 1, f"this never ends: {shown}",
+                                "close it above the tasks" if below.tasks else ""))
+    return doc
+
+def _gates(labels: Iterable[_Label]) -> tuple[str, ...]:
+    """Code at the beginning of the label's value and items, or the script below it."""
+    gates: list[str] = []
+    for label in (label for label in labels if label.kind == "verify"):
+        heads = (_COMMANDS.match(text) for text in (label.value, *label.items))
+        code = [m[2].strip() for h in heads if h for m in _CODE.finditer(h[0])]
+        gates += code or [textwrap.dedent(label.script).strip("\n")]
+    return tuple(filter(None, gates))
+
+def _task(doc: _Doc, heading: _Heading) -> Task:
+    labels = doc.labels(heading.line + 1, heading.end)
+    value = {label.kind: label.value for label in reversed(labels)}
+    lists = {label.kind: label.items or [label.value] for label in reversed(labels)
+             if label.items or label.value}
+    files = [word for label in labels if label.kind == "files"
+             for text in (label.value, *label.items)
+             for part in text.split("`")[1::2] or text.split(",")
+             for word in part.split()[:1] if "." in word or "/" in word]
+    found = _TIME.fullmatch(value.get("timeout", "").strip("` ").lower())
+    timeout_s = int(found[1]) * {"m": 60, "h": 3600}.get(found[2], 1) if found else 0
+    return Task(
+        heading.id, heading.title, heading.line + 1, heading.end,
+        "\n".join(doc.lines[heading.line:heading.end]), type=value.get("type", ""),
+        files=tuple(dict.fromkeys(files)), gates=_gates(labels),
+        criteria=tuple(lists.get("acceptance", lists.get("success", ()))),
+        mark=next((m for m, p in _MARKS.items() if p.match(heading.text)), Mark.NONE),
+        timeout_s=timeout_s if "timeout" in value else None,
+        model=value.get("model", "").strip("` "))
+
+def _e2e(doc: _Doc) -> Task | None:
+    """The section outside the tasks whose heading says most clearly that it is one."""
+    ranked: list[tuple[int, int, _Heading]] = []
+    tasks_end = 0
+    for h in doc.headings:
+        tasks_end = h.end if h.id else tasks_end
+        match = _E2E.match(h.plain) if h.level > 1 else None
+        if match and h.line >= tasks_end:
+            body = [line for line in doc.lines[h.line + 1:h.end] if line.strip(_RULE)]
+            boxes = [1 for line in body if (item := _ITEM.match(line)) and item[2]]
+            if 2 * len(boxes) < len(body):     # no mere list of boxes to tick
+                ranked.append((match.lastindex or 0, h.line, h))
+    if not ranked:
+        return None
+    _, at, best = min(ranked)
+    return dataclasses.replace(_task(doc, best), id=E2E_ID, title=best.plain)
+
+def _problems(doc: _Doc, tasks: Sequence[Task], name: str) -> Iterator[Problem]:
+    if not tasks:
+        misses = ((i + 1, f"no task heading; the nearest miss: {line[:80]}")
+                  for i, line in enumerate(doc.lines)
+                  if _NEAR_MISS.match(line[:_HEAD_CHARS]) and not doc.hidden[i])
+        yield Problem(*next(misses, (1, "no task heading")), "write ## Task 1.1: Title")
+    lines = {task.id: task.line for task in reversed(tasks)}
+    levels = {heading.level for heading in doc.tasks.values()}
+    bold = ((i, 0, line[line.index("**Task") + 2:]) for i, line in enumerate(doc.lines)
+            if "**Task" in line[:14] and not doc.hidden[i])
+    for i, level, text in (*((h.line, h.level, h.plain) for h in doc.headings), *bold):
+        mention = None if i in doc.tasks else _MENTION.match(text)
+        if level and _SEVERAL.match(text):
+            yield Problem(i + 1, f"several tasks in one: {text[:80]}", "split it")
+        elif mention and not {mention[1], mention[1].partition("-")[0]} & lines.keys():
+            hint = f"write ## Task {mention[1]}: {mention[2].strip() or 'Title'}"
+            yield Problem(i + 1, f"not a task heading: {text[:80]}",
+                          hint if level in levels else "")
+    bare = ", ".join(task.id for task in tasks if not task.criteria)
+    checks: list[tuple[int, object, str, str]] = [
+        (1, bare, f"no acceptance criteria: {bare[:80]}", ""),
+        (1, tasks and all(t.mark for t in tasks), "every task is marked done", ""),
+        (1, re.search(r"handoff|summary|report|status|complet(?:e|ion)\b", name, re.I),
+         f"sounds like a report, not like a plan: {name[:80]}", "")]
+    for task in tasks:
+        at, first = task.line, lines[task.id]
+        checks += [
+            (at, first != at, f"{task.id} is also in line {first}", "use another id"),
+            (at, not task.title, "no title", f"write ## Task {task.id}: Title"),
+            (at, task.timeout_s == 0, "bad **Timeout:**", "write 600, 90s, 15m or 2h"),
+            (at, not task.gates and "**Verify" in task.text, "Verify: no command", "")]
+    yield from (Problem(at, text, hint) for at, wrong, text, hint in checks if wrong)
+
+def parse_plan(text: str, *, path: Path) -> Plan:
+    """Turn plan markdown into a Plan. Never raises on content. Inside this section a
+    hint makes a Problem an error: a plan with errors must not be run."""
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    lines, problems = text.split("\n"), list[Problem]()
+    front = "".join(match[0] for match in [_FRONT_MATTER.match(text)] if match)
+    doc = _choose_reading(lines, front.count("\n"), problems)
+    tasks = tuple(_task(doc, heading) for heading in doc.tasks.values())
+    e2e = _e2e(doc)
+    start = min((s.line - 1 for s in (*tasks[:1], e2e) if s), default=len(lines))
+    titles = [h for h in doc.headings if h.level == 1 and h.line < start]
+    title = titles[0].plain if titles else path.stem
+    after = titles[0].line + 1 if titles else front.count("\n")
+    name = [path.stem, *_MILESTONE.findall(front)][-1].replace("/", "-")
+    branches = [(label.value.split("`")[1::2] or label.value.split() or [""])[0]
+                for label in doc.labels(0, start) if label.kind == "branch"]
+    problems += _problems(doc, tasks, f"{path.name}: {title}")
+    problems.sort(key=lambda problem: problem.line)
+    return Plan(
+        path=path, title=title, tasks=tasks, e2e=e2e,
+        milestone=_UNSAFE.sub("-", name)[:100].strip("-./") or "plan",
+        branch=_UNSAFE.sub("-", "".join(branches[:1]))[:100].strip("-./"),
+        sha256=hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
+        context="\n".join(lines[after:start]).strip()[:CONTEXT_CHARS],
+        warnings=tuple(problem for problem in problems if not problem.hint),
+        errors=tuple(problem for problem in problems if problem.hint))
+
+def plan_report(plan: Plan) -> dict[str, Any]:
+    """What `check PLAN --json` prints."""
+    report = dataclasses.asdict(plan)
+    for part in (report, *report["tasks"], *report["warnings"]):
+        for name in ("path", "sha256", "context", "text", "timeout_s", "model", "hint"):
+            part.pop(name, None)
+    if e2e := report["e2e"]:
+        names = ("line", "end_line", "text", "gates")
+        report["e2e"] = {"heading": e2e["title"], **{name: e2e[name] for name in names}}
+    return report
+
+# ==== 5. Prompts ===================================================== [pure]
+
+def _schema(required: str, **properties: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """JSON schema of a report; a property given as words is a text so described."""
+    return {"type": "object", "required": required.split(), "properties": {
+        name: {"type": "string", "description": told} if isinstance(told, str) else told
+        for name, told in properties.items()}}
+
+_TEXTS = {"type": "array", "items": {"type": "string"}}
+
+VERDICT_SCHEMA = _schema(
+    "status summary", status={
+        "type": "string", "enum": [status.value for status in VerdictStatus],
+        "description": "completed: every acceptance criterion is met and checked. "
+        "failed: it could not be done. needs_human: only a person can decide or "
+        "provide what is missing (a product decision, a secret, a contradiction)."},
+    summary="what was done, one to three sentences",
+    error="failed: the decisive error, verbatim",
+    question="needs_human: one answerable question",
+    options={**_TEXTS, "description": "needs_human: the possible answers"},
+    recommendation="needs_human: your own choice")
+
+E2E_SCHEMA = _schema(
+    "status", status={"type": "string", "enum": ["passed", "failed", "unclear"]},
+    diagnosis="failed or unclear: what is wrong, where",
+    options=_TEXTS, recommendation="your own choice of the options",
+    steps={**_TEXTS, "description": "for each step: what you ran, what you saw"})
+
+_TASK_RULES = """\
+You work alone in a sandbox; nobody is watching and nobody can be asked while you work.
+Do this one task and nothing else. Do not touch the plan file, and do not weaken, skip
+or delete tests to get a result. Commit nothing: your changes are committed for you.
+Decide details yourself, as a careful senior engineer would. Stop with needs_human only
+when going on needs a decision or a secret that only a person has.
+Check every acceptance criterion by running something before you report completed.
+
+End with your report. Without a structured report, end your last message with:
+STATUS: completed | failed | needs_human
+SUMMARY: ... | ERROR: ... | QUESTION: ... OPTIONS: ... RECOMMENDATION: ..."""
+
+_E2E_RULES = """\
+The tasks of this milestone are done. Carry out the scenario below exactly as written,
+step by step, and report what you ran and saw. Change no file: you judge, do not fix.
+Say passed only when every step did what the scenario expects.
+
+End with your report. Without a structured report, end your last message with:
+E2E_STATUS: passed | failed | unclear
+DIAGNOSIS: ..."""
+
+def shortened(text: str, limit: int = EVIDENCE_CHARS) -> str:
+    """The text, its middle cut out when it is longer than `limit` characters."""
+    text, half = text.strip(), (limit - 5) // 2
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+
+def _prompt(first_line: str, rules: str, *sections: tuple[str, str]) -> str:
+    # Lone surrogates, in an agent's error say, would stop every attempt after it.
+    told = (f"## {title}\n\n{body.strip()}" for title, body in sections if body.strip())
+    whole = "\n\n".join((first_line, rules, *told)) + "\n"
+    return whole.encode(errors="replace").decode()
+
+def task_prompt(
+    plan: Plan, task: Task, record: TaskRecord, *, max_attempts: int, guidance: str,
+) -> str:
+    """First prompt of an attempt: the task as written, where it stands in the plan,
+    what the earlier attempts failed on, and what a person said about it."""
+    asked = record.question.text if record.question else ""
+    order = (f"- Task {t.id}: {t.title}{' (this one)' if t is task else ''}"
+             for t in plan.tasks)
+    return _prompt(
+        f"Task {task.id} of milestone {plan.milestone}: {task.title} "
+        f"(attempt {record.started} of {max_attempts})", _TASK_RULES,
+        ("The task", task.text),
+        ("These commands must succeed afterwards; they will be run for you",
+         textwrap.indent("\n".join(task.gates), "    ")),
+        ("Earlier attempts failed; their changes were undone", "\n".join(
+            f"{a.number}. {a.evidence}" for a in record.attempts
+            if a.status == VerdictStatus.FAILED)),
+        ("A person answered an earlier question",
+         f"{asked}\nAnswer: {record.answer}" if record.answer else ""),
+        ("A person adds", guidance),
+        (f"The milestone: {plan.title}", f"{plan.context}\n\n" + "\n".join(order)))
+
+def answer_prompt(plan: Plan, task_id: str, title: str, answer: str) -> str:
+    """What continues the session that asked."""
+    return _prompt(f"Answer for task {task_id} of milestone {plan.milestone}: {title}",
+                   f"A person answered your question:\n\n{answer}\n\n"
+                   "Go on with the task and end with your report as before.")
+
+def e2e_prompt(plan: Plan, scenario: Task, run: int) -> str:
+    """The scenario as written, for a fresh session."""
+    return _prompt(f"E2E scenario of milestone {plan.milestone} (run {run})",
+                   _E2E_RULES, ("The scenario", scenario.text))
+
+# ==== 6. Agent stream ================================================ [pure]
+
+END_EVENT = "orchestrator_end"   # our own last line of a transcript
+_SUMMARY_KEYS = ("command", "file_path", "notebook_path", "pattern", "path", "url",
+                 "query", "description", "prompt", "skill", "status")
+_TOKEN_KINDS = ("input", "output", "cacheReadInput", "cacheCreationInput")
+# Events that hold nothing we decide on are recognised by their first bytes and not
+# decoded: json.loads on every line is most of what a decoder costs.
+_UNREAD = (b'{"type":"user"', b'{"type":"stream_event"')
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+def _number(value: Any) -> float:
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if good and 0 <= value < 1e15 else 0
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else ()
+
+def tool_use(block: Mapping[str, Any]) -> str:
+    """A tool call on one short line: its name and its most telling argument."""
+    texts = (_text(_object(block.get("input")).get(key)) for key in _SUMMARY_KEYS)
+    told = f"{_text(block.get('name'))} {next(filter(None, texts), '')[:400]}"
+    line = " ".join(re.sub(r"[^\x20-\x7e\xa0-\U0010ffff]", " ", told).split())
+    return line if len(line) <= 110 else f"{line[:107]}..."
+
+def _usage(value: Any) -> Usage:
+    raw = _object(value)
+    n = [int(_number(raw.get(f"{kind}Tokens"))) for kind in _TOKEN_KINDS]
+    return Usage(n[0], n[1], n[2], n[3], _number(raw.get("costUSD")))
+
+class StreamDecoder:
+    """Fold the bytes of `--output-format stream-json` into one AgentResult. Nothing in
+    them makes it raise; a line of over MAX_LINE_BYTES is passed over."""
+    def __init__(self) -> None:
+        self._open = bytearray()              # a line that has not ended yet
+        self._result: Mapping[str, Any] = {}
+        self._end: Mapping[str, Any] = {}     # our own last line, in a transcript
+        self._session_id = ""
+        self._limit_resets_at: float | None = None
+        self._models: dict[str, Usage] = {}
+        self._events = self._bad_lines = 0
+        self._tools: list[str] = []
+
+    @property
+    def has_result(self) -> bool:
+        return bool(self._result)
+
+    def feed(self, data: bytes) -> Sequence[str]:
+        """Take the next bytes, cut anywhere; return the tool calls seen in them."""
+        self._tools = []
+        for number, piece in enumerate(data.split(b"\n")):
+            if number:
+                self._line(self._open)
+                self._open.clear()
+            self._open += piece
+            if len(self._open) > MAX_LINE_BYTES:
+                self._open[32:] = b"\0"   # enough to know its kind; no JSON holds a NUL
+        return self._tools
+
+    def finish(
+        self, *, ended: Ended = Ended.LOST, exit_code: int | None = None,
+        duration_s: float = 0.0, stderr_tail: str = "",
+    ) -> AgentResult:
+        """The whole call. Arguments left out come from the transcript's last line."""
+        self.feed(b"\n")
+        if ended is Ended.LOST and _text(self._end.get("ended")) in set(Ended):
+            ended = Ended(self._end["ended"])
+            code = self._end.get("exit_code")
+            exit_code = code if isinstance(code, int) else None
+            duration_s = _number(self._end.get("duration_s"))
+        r = self._result
+        status, structured = r.get("api_error_status"), r.get("structured_output")
+        return AgentResult(
+            ended=ended, exit_code=exit_code, has_result=self.has_result,
+            session_id=_text(r.get("session_id")) or self._session_id,
+            text=_text(r.get("result")), is_error=r.get("is_error") is True,
+            structured=structured if isinstance(structured, dict) else None,
+            subtype=_text(r.get("subtype")),
+            terminal_reason=_text(r.get("terminal_reason")),
+            api_error=_text(r.get("api_error")) or _text(r.get("api_error_type")),
+            api_error_status=status if isinstance(status, int) else None,
+            errors=tuple(filter(None, map(_text, _list(r.get("errors"))))),
+            limit_resets_at=self._limit_resets_at,
+            usage=sum(self._models.values(), Usage()), models=self._models,
+            turns=int(_number(r.get("num_turns"))),
+            duration_s=duration_s or _number(r.get("duration_ms")) / 1000,
+            stderr_tail=stderr_tail, events=self._events, bad_lines=self._bad_lines)
+
+    def _line(self, line: bytearray) -> None:
+        if line.startswith(_UNREAD) or (line.startswith(b'{"type":"assistant"')
+                                        and b'"type":"tool_use"' not in line):
+            self._events += 1
+        elif line.strip():
+            try:
+                value = json.loads(line.decode("utf-8", "replace"))
+            except (ValueError, RecursionError):
+                value = None
+            for event in value if isinstance(value, list) else [value]:
+                if isinstance(event, dict):
+                    self._event(event)
+                else:
+                    self._bad_lines += 1
+
+    def _event(self, event: Mapping[str, Any]) -> None:
+        kind = event.get("type")
+        self._events += kind != END_EVENT
+        if kind == "assistant":
+            blocks = map(_object, _list(_object(event.get("message")).get("content")))
+            self._tools += [tool_use(b) for b in blocks if b.get("type") == "tool_use"]
+        elif kind == "result":
+            self._take_result(event)
+        elif kind == "rate_limit_event":
+            info = _object(event.get("rate_limit_info"))
+            resets_at = _number(info.get("resetsAt"))   # ms would be no date
+            if info.get("status") == "rejected" and 0 < resets_at < 1e10:
+                self._limit_resets_at = resets_at
+        elif kind == END_EVENT:
+            self._end = event
+        else:
+            self._session_id = _text(event.get("session_id")) or self._session_id
+
+    def _take_result(self, event: Mapping[str, Any]) -> None:
+        """A resumed session counts on from its past, so what was used since the last
+        result is taken where the CLI tells it (recordings/resume)."""
+        self._result = event
+        used = event.get("model_usage_since_last_result")
+        if not isinstance(used, dict):
+            total = {"unknown": {"costUSD": event.get("total_cost_usd")}}
+            used, self._models = _object(event.get("modelUsage", total)), {}
+        for model, raw in used.items():
+            self._models[model] = self._models.get(model, Usage()) + _usage(raw)
+
+# ==== 7. Verdict ===================================================== [pure]
+
+_RETRY_HTTP = frozenset({408, 409, 425, 429})   # of the 4xx, those that waiting cures
+_LIMIT = re.compile(r"(?i)(?:usage|hour|weekly|session)[ _]limit[ _]reached"
+                    r"|hit your [\w -]{0,20}limit|out of (?:extra )?usage")
+_PERSON = re.compile(
+    r"(?i)/login\b|invalid api key|credit balance|selected model|prompt.{1,4}too.long"
+    r"|certificate|_CERT|UNABLE_TO_VERIFY|API Error[^\n:]{0,60}: 40[0-7]\b")
+
+def outage(result: AgentResult) -> Outage | None:
+    """Tell an API that cannot answer from a task that failed. No result event is no
+    outage: the task may have caused the crash."""
+    is_api = bool(result.terminal_reason in ("api_error", "prompt_too_long")
+                  or result.api_error or result.api_error_status)
+    is_older_cli = not (result.terminal_reason or result.subtype.startswith("error_"))
+    if not (result.has_result and result.is_error and (is_api or is_older_cli)):
+        return None
+    text = result.text or "\n".join(result.errors)
+    reason = shortened(text or result.api_error or result.terminal_reason)
+    words = f"{result.terminal_reason} {result.api_error} {text}"
+    status = result.api_error_status or 0
+    if _LIMIT.search(words) or (status == 429 and result.limit_resets_at is not None):
+        return Outage(OutageKind.LIMIT, reason, result.limit_resets_at)
+    is_refused = 400 <= status < 500 and status not in _RETRY_HTTP
+    if is_refused or (not status and _PERSON.search(words)):
+        return Outage(OutageKind.PERSON, reason)
+    return Outage(OutageKind.RETRY, reason) if is_api or "API Error" in text else None
+
+_Report = tuple[str, Mapping[str, Any]]   # the rule that applied, the fields it read
+_STATUS_WORD = re.compile(       # also `**Needs Human** - why`, `✅ Complete`
+    r"[\W_]{0,9}(?:(?P<completed>completed?|done|success)|(?P<failed>fail(?:ed|ure)?)"
+    r"|(?P<needs_human>blocked|needs[ _-]?human)|(?P<passed>pass(?:ed)?)"
+    r"|(?P<unclear>unclear))[\W_]{0,9}(?:$|[-–—:(,.;])", re.I)
+_KEY = re.compile(r"^[ \t>#*_`-]{0,8}((?i:(?:e2e[_ ])?status|question|options"
+                  r"|recommendation)|[A-Z0-9_ ]{4,30})[*_` ]{0,4}:", re.M)
+_RULER = re.compile(r"^[ \t]*(?:-{3}|`{3}|\*{3}|={3})", re.M)
+_OPTION_END = re.compile(r"\n| ?[|;] ?|,? (?=[A-Da-d1-9][).] )")
+
+def _word(value: object) -> str:
+    text = str(value)[:200] if isinstance(value, str | bool) else ""
+    found = _STATUS_WORD.match(text)
+    return (found and found.lastgroup) or ""
+
+def _field(fields: Mapping[str, Any], *names: str) -> str:
+    """The first of the fields that holds text; empty if none does."""
+    texts = (fields.get(name) for name in names)
+    return next((shortened(t) for t in texts if isinstance(t, str) and t.strip()), "")
+
+def _question(fields: Mapping[str, Any], otherwise: str) -> Question:
+    listed = fields.get("options") or ""
+    options = listed if isinstance(listed, list) else _OPTION_END.split(str(listed))
+    texts = (shortened(str(option).strip(" \t*•-")) for option in options[:10])
+    asked = _field(fields, "question") or otherwise or "The agent did not say why."
+    return Question(asked, tuple(filter(None, texts)), _field(fields, "recommendation"))
+
+def _block(text: str, status_key: str) -> dict[str, str]:
+    """The last block of lines `KEY: value` that begins with `status_key`."""
+    fields: dict[str, str] = {}
+    _, *parts = _KEY.split(text)
+    for name, value in zip(parts[::2], parts[1::2], strict=True):
+        key = name.strip(" _").lower().replace(" ", "_")
+        fields = {} if key == status_key else fields
+        fields[key] = _RULER.split(value, 1)[0].strip(" \t\r\n*_`")
+    return {**fields, "status": fields.get(status_key, "")}
+
+_TAIL_CHARS = 1500               # of prose and code: the part that decides
+_EVEN = str.maketrans("’‘“”？؟", "''\"\"??")
+_NOT_PROSE = re.compile(r"\A.*</think[\w-]{0,80}>|^ *```.*?(?:^ *```|\Z)", re.M | re.S)
+_SENTENCE_END = re.compile(r"(?<=[^\d\s][.!?:])\s+|\n")
+_CHOICE = re.compile(r"\[[A-Z0-9]\] ?\w[^\[\n/]{1,200}"
+                     r"|^ *(?:[-*•]|\d{1,2}[.)]|[A-Za-z][).]) *\S.*", re.M)
+_NEEDED = r"(?:approval|permission|confirmation|intervention|credential)s?"
+_BLOCKED = re.compile(
+    r"\bI(?:'ll|'d)? (?:\w+ )?need (?:you|the user|a human)\b|\bneeds? from you\b"
+    r"|\bI(?:'m| am| have been) (?:\w+ )?(?:blocked|waiting)\b"
+    r"|\b(?:user|human) (?:needs? to|must|has to|should)\b"
+    r"|\bcan(?:not|'t) (?:proceed|continue|start|begin)\b"
+    rf"|\b(?:requires?|needs?|awaiting|waiting for) (?:\w+ )?{_NEEDED}\b"
+    rf"|\b{_NEEDED} (?:is |are )?(?:required|needed)\b", re.I)
+_MENU = re.compile(r"\[(?:Y|N|[A-CE-W]|1)\]|\[Y ?/ ?N\]|\(y/n\)")
+_REQUEST = re.compile(
+    r"^(?:choose|select|reply|confirm|pick|tell me|answer|respond)\b"
+    r"|(?:^|\b(?:could|can|would) you |[,;] )(?:please|kindly) (?!note|see)", re.I)
+_QUESTION = re.compile(r"^[^#].{10,}[\w)\"'`\]]\?[\"')\]_* ]*$")
+_COURTESY = re.compile(
+    r"(?i)\b(?:^if (?:you|it)|any|anything|else|additional|further|specific|other|more"
+    r"|next|instead|also|commit|push|whichever|whenever|happy to|let me know)\b")
+_OFFER = re.compile(r"\b(?:(?:want|like|need|prefer) me to|shall (?:I|we))\b", re.I)
+_WORK_DONE = re.compile(
+    r"(?im)^\W{0,6}(?:(?:I|We)(?:'ve| have)? )?(?:(?:also|now|\w+ly) )?"
+    r"(?!need|block|wait|bas|relat)(?:done|[a-z]{2,16}(?:ed|rote|uilt|ade))\b"
+    r"|\b(?:is|are|all|been|now) (?:done|fixed|ready|completed?)\b|\bpass(?:ed)?\b|✅")
+
+def _from_prose(result: AgentResult) -> _Report:
+    """Who must act next? An offer after finished work holds nothing up."""
+    even = result.text.translate(_EVEN).replace("**", "")
+    prose = _NOT_PROSE.sub(lambda part: " " * len(part[0]), even).rstrip()
+    tail, is_done = prose[-_TAIL_CHARS:], bool(_WORK_DONE.search(prose))
+    sentences = [sentence.strip() for sentence in _SENTENCE_END.split(tail)]
+    firm = [s for s in sentences
+            if not (_COURTESY.search(s) or (is_done and _OFFER.search(s)))]
+    rules = (("text_blocked", _BLOCKED, sentences), ("text_menu", _MENU, sentences),
+             ("text_request", _REQUEST, firm if is_done else sentences),
+             ("text_question", _QUESTION, firm))
+    found = ((rule, s) for rule, pattern, among in rules for s in among
+             if pattern.search(s))
+    rule, asked = next(found, ("text_done" if is_done else "text_no_request", ""))
+    if not result.text.strip():
+        return "empty", {"error": "the agent ended without a word"}
+    if not asked:
+        return rule, {"status": "completed"}
+    options = _CHOICE.findall(tail[tail.find(asked):])
+    return rule, {"status": "needs_human", "question": asked, "options": options}
+
+def _from_end(result: AgentResult) -> _Report:
+    """By how the call ended: no result event, or one that is an error."""
+    said = "\n".join(result.errors) or (result.text if result.has_result else "")
+    why, cut_short = said or result.stderr_tail, result.ended.value
+    rules = (
+        (result.subtype[6:], result.subtype.startswith("error_max_")),   # turns, budget
+        (MISSING_SESSION, "No conversation found" in why),
+        (cut_short, result.ended not in (Ended.EXIT, Ended.GRACE, Ended.LOST)),
+        ("outage", outage(result) is not None),
+        ("execution_error", result.has_result),
+        ("no_result", result.events + result.bad_lines > 0),
+        ("no_output", True))
+    rule = next(rule for rule, applies in rules if applies)
+    if rule == cut_short:
+        why = f"{rule} after {result.duration_s:.0f} s"
+    why = why.strip() or f"{rule.replace('_', ' ')}, exit status {result.exit_code}"
+    return rule, {"error": why}
+
+def _report(result: AgentResult, key: str, statuses: Sequence[str]) -> _Report | None:
+    """A result that is no error counts however the process ended."""
+    if not result.has_result or result.is_error:
+        return _from_end(result)
+    reports: tuple[_Report, ...] = (
+        ("structured", result.structured or {}),
+        ("marker", _block(result.text, key)))
+    told = (r for r in reports if _word(r[1].get("status")) in statuses)
+    return next(told, None)
+
+def judge(result: AgentResult) -> Verdict:
+    """Decide what a call came to. Ask `outage` first: it is no verdict on the task."""
+    rule, fields = _report(result, "status", [*VerdictStatus]) or _from_prose(result)
+    status = VerdictStatus(_word(fields.get("status")) or "failed")
+    why = _field(fields, "error", "summary", "question") or shortened(result.text)
+    asks = status is VerdictStatus.NEEDS_HUMAN
+    return Verdict(status, rule, why, _question(fields, why) if asks else None)
+
+_E2E_WORDS = {"passed": VerdictStatus.COMPLETED, "failed": VerdictStatus.FAILED,
+              "unclear": VerdictStatus.NEEDS_HUMAN}
+
+def judge_e2e(result: AgentResult) -> Verdict:
+    """What the scenario showed. Without a clear word only a person can settle it."""
+    report = _report(result, "e2e_status", [*_E2E_WORDS, VerdictStatus.NEEDS_HUMAN])
+    rule, fields = report or ("no_status", {})
+    status = _E2E_WORDS.get(_word(fields.get("status")), VerdictStatus.NEEDS_HUMAN)
+    why = _field(fields, "diagnosis", "error") or shortened(result.text)
+    asks = status is VerdictStatus.NEEDS_HUMAN
+    return Verdict(status, rule, why, _question(fields, why) if asks else None)
+
+# ==== 8. Loop detection, delays ====================================== [pure]
+
+_VOLATILE = (
+    (re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{7,64}\b", re.IGNORECASE), "<hash>"),
+    (re.compile(r"(?:[A-Za-z]:)?(?:[\w.~-]*/){1,32}[\w.~-]+"), "<path>"),
+    (re.compile(r"\d+(?:[.:,-]\d+)*"), "<n>"))
+
+def normalize_error(text: str) -> tuple[str, ...]:
+    """The words of an error without what changes from run to run; at most 300."""
+    for pattern, placeholder in _VOLATILE:
+        text = pattern.sub(placeholder, text[:4000])
+    return tuple(text.casefold().split()[:300])
+
+def similarity(a: str, b: str) -> float:
+    """How alike two errors are, 0..1, by difflib's ratio over normalised words."""
+    return difflib.SequenceMatcher(
+        None, normalize_error(a), normalize_error(b), autojunk=False).ratio()
+
+def detect_loop(record: TaskRecord, *, max_attempts: int, same_from: float) -> str:
+    """Why the task must not be tried again, in words and figures, or ''. An attempt
+    that ended in a question is not charged; a crashed one is."""
+    asked = sum(a.status == VerdictStatus.NEEDS_HUMAN for a in record.attempts)
+    tries = record.started - asked
+    if tries >= max_attempts:
+        failed = itertools.takewhile(lambda a: a.status == VerdictStatus.FAILED,
+                                     reversed(record.attempts))
+        pairs = itertools.pairwise(a.evidence for a in failed)
+        alike = min((similarity(old, new) for new, old in pairs), default=0.0)
+        told = f", errors {alike:.0%} alike" if alike >= same_from else ""
+        return f"failed {tries} times, limit {max_attempts}{told}"
+    if asked >= MAX_QUESTIONS:
+        return f"asked {asked} questions, limit {MAX_QUESTIONS}"
+    return ""
+
+def retry_delay_s(
+    outage: Outage, outages: int, *, now: float, delays_s: Sequence[float],
+    limit_wait_s: float,
+) -> float | None:
+    """Seconds to wait after the n-th outage in a row; None: not within what may be
+    waited. `now` and the reset are seconds since the epoch."""
+    if outages > len(delays_s):
+        return None
+    if outage.kind is not OutageKind.LIMIT or outage.resets_at is None:
+        return delays_s[outages - 1]
+    wait_s = max(0.0, outage.resets_at - now) + LIMIT_MARGIN_S
+    return wait_s if wait_s <= limit_wait_s else None
+
+# ==== 9. System ports =============================================== [shell]
+
+class Clock:
+    """Time. Durations come from `monotonic`, stamps from `now`; never mixed."""
+    monotonic = staticmethod(time.monotonic)
+    sleep = staticmethod(time.sleep)
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+def stamp(moment: datetime) -> str:
+    """RFC 3339 in UTC with milliseconds."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A process to start. `stdin` is written to it, then closed; with `holds_stdin`
+    only when it shall stop (dead-man switch)."""
+    argv: tuple[str, ...]
+    cwd: Path | None = None
+    env: Mapping[str, str] | None = None
+    stdin: bytes = b""
+    holds_stdin: bool = False
+
+    def __str__(self) -> str:
+        return shlex.join(self.argv)
+
+@dataclass(frozen=True, slots=True)
+class ProcessResult:
+    """How a command ended; `exit_code` is negative for a signal, None if it had to be
+    killed, `interrupted` the signal that reached us meanwhile."""
+    ended: Ended
+    exit_code: int | None
+    duration_s: float
+    stdout: bytes = b""
+    stderr: bytes = b""
+    interrupted: Interrupted | None = None
+
+    @property
+    def output(self) -> str:
+        """The end of both pipes as text, for a person."""
+        both = self.stdout[-(64 << 10):] + self.stderr[-(64 << 10):]
+        return both.decode(errors="replace").strip()
+
+    def checked(self, what: str, *, hint: str) -> ProcessResult:
+        """This result. Raises SandboxError unless the command succeeded."""
+        if self.exit_code != 0:
+            told = shortened(self.output) or f"{self.ended}, status {self.exit_code}"
+            raise SandboxError(f"{what}: {told}", hint=hint)
+        return self
+
+class Listener:
+    """Who reads a running command; this one keeps the last `limit` bytes of each pipe.
+    `on_tick` comes each second at least; `is_done` true starts the result grace."""
+    def __init__(self, limit: int) -> None:
+        self.out, self.err, self._limit = bytearray(), bytearray(), limit
+
+    def on_output(self, data: bytes) -> None:
+        self.out += data
+        del self.out[:-self._limit]
+
+    def on_error(self, data: bytes) -> None:
+        self.err += data
+        del self.err[:-self._limit]
+
+    def on_tick(self, idle_s: float) -> None: ...
+    def is_done(self) -> bool:
+        return False
+
+class _Child:
+    """One started command in a session of its own. Both pipes are always drained and
+    stdin is written as it is taken, so no side ever waits for the other."""
+    def __init__(self, command: Command, listener: Listener, clock: Clock) -> None:
+        self._command, self._listener, self._clock = command, listener, clock
+        self._to_write = memoryview(command.stdin)
+        has_pipe = command.stdin or command.holds_stdin
+        self._popen = p = subprocess.Popen(
+            command.argv, cwd=command.cwd, env=command.env, bufsize=0,
+            stdin=subprocess.PIPE if has_pipe else subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        self.started_at = self._last_output_at = clock.monotonic()
+        self._has_output, self._done_at = False, float("inf")
+        self._selector, self.open_pipes = selectors.DefaultSelector(), 2
+        for pipe, tell in ((p.stdin, None), (p.stdout, listener.on_output),
+                           (p.stderr, listener.on_error)):
+            if pipe:
+                os.set_blocking(pipe.fileno(), False)
+                with contextlib.suppress(AttributeError, OSError):   # a mere speed-up
+                    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+                events = selectors.EVENT_READ if tell else selectors.EVENT_WRITE
+                self._selector.register(pipe, events, tell)
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._popen.poll()
+
+    def _pump(self, wait_s: float) -> None:
+        """Move what moves. The end of a process whose pipes others hold is only seen by
+        looking: twice a second."""
+        wait_s = min(wait_s, 0.5)
+        if not self._selector.get_map():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(wait_s)
+            return
+        for key, _ in self._selector.select(wait_s):
+            if key.data:
+                self._read(key.fd, key.data)
+            else:
+                self._write(key.fd)
+
+    def _read(self, pipe: int, tell: Callable[[bytes], None]) -> None:
+        if not (data := os.read(pipe, PIPE_BYTES)):
+            self._selector.unregister(pipe)
+            self.open_pipes -= 1
+            return
+        self._last_output_at, self._has_output = self._clock.monotonic(), True
+        tell(data)
+        if self._done_at == float("inf") and self._listener.is_done():
+            self._done_at = self._last_output_at
+
+    def _write(self, stdin: int) -> None:
+        try:
+            self._to_write = self._to_write[os.write(stdin, self._to_write):]
+        except BrokenPipeError:          # it stopped reading; its exit says why
+            self._to_write = memoryview(b"")
+        if not self._to_write:
+            self._selector.unregister(stdin)
+            if self._popen.stdin and not self._command.holds_stdin:
+                self._popen.stdin.close()
+
+    def watch(self, *, timeout_s: float, idle_s: float, start_s: float) -> Ended:
+        """Pump until the process ends or a deadline passes; say which."""
+        while self.exit_code is None:
+            now = self._clock.monotonic()
+            silence_s, silent = ((idle_s, Ended.IDLE) if self._has_output
+                                 else (start_s, Ended.NO_START))
+            next_at, reason = min((self._done_at + RESULT_GRACE_S, Ended.GRACE),
+                                  (self.started_at + timeout_s, Ended.TIMEOUT),
+                                  (self._last_output_at + silence_s, silent))
+            if now >= next_at:
+                return reason
+            self._listener.on_tick(now - self._last_output_at)
+            self._pump(next_at - now)
+        return Ended.EXIT
+
+    def pump_until(self, is_over: Callable[[], bool], *, timeout_s: float) -> None:
+        until = self._clock.monotonic() + timeout_s
+        while not is_over() and (left_s := until - self._clock.monotonic()) > 0:
+            self._pump(left_s)
+
+    def stop(self) -> None:
+        """SIGINT: the CLI answers with a result event that tells the cost so far. For a
+        held stdin (another machine's process) its closing says the same."""
+        if self._command.holds_stdin and self._popen.stdin:
+            with contextlib.suppress(KeyError):          # all was written
+                self._selector.unregister(self._popen.stdin)
+            self._popen.stdin.close()
+        else:
+            self._popen.send_signal(signal.SIGINT)
+        self.pump_until(lambda: self.exit_code is not None, timeout_s=KILL_GRACE_S)
+
+    def close(self) -> None:
+        """Kill the whole group, close the pipes, reap."""
+        with self._popen, contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        self._selector.close()
+
+class Processes:
+    """The only door to other processes, the local sandbox's guard apart."""
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def stream(self, command: Command, *, listener: Listener, timeout_s: float,
+               idle_s: float = float("inf"), start_s: float = float("inf"),
+               ) -> ProcessResult:
+        """Run `command` to its end and leave no process of its group. Deadlines: in
+        all, of a silence, of the first output. A signal stops it too and is handed
+        back, so that nothing said is lost. Raises SandboxError if it cannot start."""
+        try:
+            child = _Child(command, listener, self._clock)
+        except OSError as error:
+            raise SandboxError(f"cannot start {command.argv[0]!r}: {error.strerror}",
+                               hint=f"is it on PATH? command: {command}") from None
+        ended, interrupted = Ended.STOPPED, None
+        with contextlib.closing(child):
+            try:
+                ended = child.watch(timeout_s=timeout_s, idle_s=idle_s, start_s=start_s)
+            except Interrupted as signalled:
+                interrupted = signalled
+            if ended is not Ended.EXIT:
+                child.stop()
+            # what is left; for a moment only, since others may hold the pipes open
+            child.pump_until(lambda: not child.open_pipes, timeout_s=DRAIN_GRACE_S)
+            exit_code = child.exit_code
+        duration_s = self._clock.monotonic() - child.started_at
+        return ProcessResult(ended, exit_code, duration_s, interrupted=interrupted)
+
+    def run(self, command: Command, *, timeout_s: float = COMMAND_TIMEOUT_S,
+            max_bytes: int = 1 << 20) -> ProcessResult:
+        """Run `command`, keep the last `max_bytes` of each pipe. Raises Interrupted."""
+        kept = Listener(max_bytes)
+        done = self.stream(command, listener=kept, timeout_s=timeout_s)
+        if done.interrupted:
+            raise done.interrupted
+        return dataclasses.replace(done, stdout=bytes(kept.out), stderr=bytes(kept.err))
+
+class Terminal:
+    """The person at the keyboard, if there is one."""
+    def __init__(self, stdin: TextIO, stdout: TextIO) -> None:
+        self._in, self._out = stdin, stdout
+
+    def is_interactive(self) -> bool:
+        return self._in.isatty() and self._out.isatty()
+
+    def ask(self, prompt: str) -> str | None:
+        """One line; None: the person closed the input (Ctrl-D)."""
+        self._out.write(prompt)
+        self._out.flush()
+        return self._in.readline() or None
+
+def install_signal_handlers() -> None:
+    """SIGINT, SIGTERM and SIGHUP (unless nohup has it ignored) raise Interrupted."""
+    def handler(number: int, _frame: object) -> NoReturn:
+        raise Interrupted(number)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+def process_start(pid: int) -> str:
+    """When a living process started, in a form that no later one with its number has;
+    '' if there is none, or but a zombie. From /proc, else from ps (macOS)."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return "" if fields[0] in b"ZX" else fields[19].decode()
+    if Path("/proc/self/stat").exists():
+        return ""
+    shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], check=False,
+                           capture_output=True, timeout=COMMAND_TIMEOUT_S)
+    return shown.stdout.decode().strip()
+
+# ==== 10. Sandboxes ================================================= [shell]
+
+# Git as we run it in a workspace that an agent has had in its hands: no hooks, no
+# helpers in the background, no lock of a git that was killed. Scripts get $1 (the
+# branch), $2, ... A variable, since a function would cost a fork a call.
+_GIT = """
+git='git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c core.autocrlf=false
+ -c gc.auto=0 -c advice.addEmbeddedRepo=false
+ -c user.name=ktrdr_orchestrator -c user.email=orchestrator@localhost'
+for f in .git/*.lock ".git/refs/heads/${1-}.lock"; do [ ! -e "$f" ] || rm -f "$f"; done
+"""
+_TREE = _GIT + """
+$git add -A || { rm -f .git/index; $git add -A --ignore-errors || :; }
+tree=$($git write-tree)
+told='log -1 --no-show-signature --format=%H%x20%T'
+set -- "$@" $($git $told || $git $told "$2")     # HEAD may have lost its commit
+"""
+# $2 base, $3 ref, $4 message. What the agent committed stays, if it is on the base.
+_CHECKPOINT = _TREE + """
+commit=$5
+[ "$5" = "$2" ] || $git merge-base --is-ancestor "$2" "$5" || commit=$2
+if [ "$tree" != "$6" ] || [ "$commit" != "$5" ]; then
+    commit=$($git commit-tree "$tree" -p "$commit" -m "$4")
+fi
+printf 'update %s %s\\n' "refs/heads/$1" "$commit" "$3" "$commit" |
+$git update-ref --stdin
+read -r head <.git/HEAD
+[ "$head" = "ref: refs/heads/$1" ] || $git symbolic-ref HEAD "refs/heads/$1"
+echo "$commit"
+"""
+_SWITCH = """
+rm -rf .git/rebase-merge .git/rebase-apply
+$git checkout -q -f --ignore-other-worktrees -B "$1" ${2:+"$2"} --
+$git clean -ffdq
+$git rev-parse HEAD
+"""
+# $2 base, $3 ref for the work that is taken back, $4 message
+_ROLLBACK = _TREE + """
+if [ "$5" != "$2" ] || [ "$tree" != "$6" ]; then
+    $git update-ref "$3" "$($git commit-tree "$tree" -p "$5" -m "$4")"
+fi
+""" + _SWITCH
+# $2 base ('' = as it stands), $3 ref for a branch that is in the way
+_NEW_BRANCH = _GIT + """
+set -- "$1" "$($git rev-parse -q --verify "origin/$2^{commit}" || echo "$2")" "$3"
+old=$($git rev-parse -q --verify "refs/heads/$1") && $git update-ref "$3" "$old"
+""" + _SWITCH
+# $1 what to clone ('' = nothing), $2 where to; nothing in the clone leads back
+_CLONE = """
+if [ "$1" ]; then git clone -q --no-hardlinks -- "$1" "$2"; else git init -q "$2"; fi
+cd "$2"
+[ -z "$1" ] || git config --remove-section remote.origin      # its branches stay
+git config user.name ktrdr_orchestrator
+git config user.email orchestrator@localhost
+git symbolic-ref -q HEAD || git checkout -q -B main
+git rev-parse -q --verify HEAD || git commit -q --allow-empty -m Start
+git update-ref refs/orchestrator/start HEAD
+git symbolic-ref refs/orchestrator/home "$(git symbolic-ref HEAD)"
+"""
+
+class Sandbox:
+    """The place an agent works in, and the git work that is the same in each. `open`
+    also ends what an earlier run left, `sweep` ends all that lives in it."""
+    name: str
+    permissions: tuple[str, ...]
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+
+    def open(self) -> None: ...
+    def sweep(self) -> None: ...
+    def command(self, argv: Sequence[str]) -> Command:
+        raise NotImplementedError
+
+    def agent_command(self, argv: Sequence[str], prompt: bytes) -> Command:
+        return dataclasses.replace(self.command(argv), stdin=prompt)
+
+    def close(self) -> None:
+        self.sweep()
+
+    def sh(self, script: str, *args: str, timeout_s: float = COMMAND_TIMEOUT_S,
+           is_gate: bool = False, max_bytes: int = 1 << 20) -> ProcessResult:
+        """Run a script of ours, or a gate, in the workspace; `args` are $1, $2, ..."""
+        argv = ("sh", "-c" if is_gate else "-euc", script, "orchestrator", *args)
+        command = self.command(argv)
+        return self._processes.run(command, timeout_s=timeout_s, max_bytes=max_bytes)
+
+    def _git(self, what: str, script: str, *args: str) -> str:
+        done = self.sh(script, *args).checked(f"{what} in {self.name} failed",
+                                              hint="git status in the workspace")
+        return done.stdout.decode(errors="replace").strip()
+
+    def start_branch(self, branch: str, base: str, *, kept_as: str) -> str:
+        """A new `branch` from `base` (HEAD: what was cloned); return its commit. What
+        was called so before stays reachable as `kept_as`."""
+        start = "refs/orchestrator/start" if base == "HEAD" else base
+        return self._git(f"new branch {branch}", _NEW_BRANCH, branch, start, kept_as)
+
+    def checkpoint(self, branch: str, base: str, *, ref: str, message: str) -> str:
+        """Commit all that is uncommitted; return the commit the task ends with."""
+        return self._git("the checkpoint", _CHECKPOINT, branch, base, ref, message)
+
+    def rollback(self, branch: str, base: str, *, ref: str, message: str) -> None:
+        """Go back to `base`; what is taken back stays reachable as `ref`."""
+        self._git("the rollback", _ROLLBACK, branch, base, ref, message)
+
+    def has_commit(self, commit: str) -> bool:
+        return self.sh('git cat-file -e "$1^{commit}"', commit).exit_code == 0
+
+    def bundle(self, branch: str, without: str) -> bytes:
+        """The branch as a git bundle, less what `without` reaches ('' = whole)."""
+        script = _GIT + '$git bundle create -q - "refs/heads/$1" ${2:+"^$2"}'
+        done = self.sh(script, branch, without, timeout_s=SLOW_TIMEOUT_S,
+                       max_bytes=sys.maxsize)
+        return done.checked(f"no bundle of {branch}", hint="git log there").stdout
+
+# Kill whatever was started with $1 in its environment: that proves whose it is.
+_KILL_MARKED = """
+while pids=$(grep -lszxF -e "$1" /proc/[0-9]*/environ | cut -d/ -f3); [ "$pids" ]; do
+    kill -9 $pids
+    sleep 0.02
+done
+"""
+# Ends a run's processes when the run is killed: waits for a line from a pipe whose
+# other end only the run holds. Its parent ends at once: it is no child to be swept.
+_GUARD = f"""
+trap '' INT TERM HUP
+exec 3<&0
+{{ read -r _ <&3 || {{ {_KILL_MARKED} }} }} &
+"""
+
+class LocalSandbox(Sandbox):
+    """A git clone under the state directory, on this machine, as this user (Linux)."""
+    permissions = ("--permission-mode", "acceptEdits",
+                   "--allowedTools", "Bash,Read,Write,Edit,Glob,Grep")
+
+    def __init__(self, processes: Processes, clock: Clock, *, folder: Path, repo: Path,
+                 environ: Mapping[str, str]) -> None:
+        super().__init__(processes)
+        self.folder, self._repo, self._clock = folder.absolute(), repo, clock
+        self.name = f"local sandbox {folder}"
+        self._host_env = {k: v for k, v in environ.items() if not k.startswith(
+            ("GIT_", "ORCHESTRATOR_"))} | {"GIT_TERMINAL_PROMPT": "0"}
+        run = f"{os.getpid()}:{process_start(os.getpid())}"
+        self._env = self._host_env | {
+            MARK: str(self.folder), f"{MARK}_RUN": run,
+            # should .git vanish: not the repository that the state directory is in
+            "GIT_CEILING_DIRECTORIES": str(self.folder.parent)}
+        self._guard: subprocess.Popen[bytes] | None = None
+
+    def open(self) -> None:
+        """Adopts orphans, so that nothing an agent starts can slip away from `sweep`:
+        not with nohup, setsid or a double fork."""
+        import ctypes  # 8 ms that only a run has to pay
+
+        mark = f"{MARK}={self.folder}"
+        self._host("timeout", "10", "sh", "-c", _KILL_MARKED, "sweep", mark).checked(
+            f"what an earlier run left in {self.name} does not end",
+            hint=f"grep -lsz {mark} /proc/*/environ")
+        self._guard = subprocess.Popen(
+            ("sh", "-c", _GUARD, "guard", f"{MARK}_RUN={self._env[f'{MARK}_RUN']}"),
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=self._host_env, start_new_session=True)
+        self._guard.wait()
+        if sys.platform != "linux" or ctypes.CDLL(None).prctl(
+                PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+            raise SandboxError("the local sandbox needs Linux", hint="--sandbox docker")
+        if (self.folder / ".git").is_dir():
+            return
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.new")
+        top = self._host("git", "-C", str(self._repo), "rev-parse", "--show-toplevel")
+        source = top.stdout.decode().strip() if top.exit_code == 0 else ""
+        self._host("sh", "-euc", _CLONE, "clone", source, str(fresh)).checked(
+            f"no clone of {self._repo}", hint=f"git -C {self._repo} fsck")
+        fresh.rename(self.folder)
+
+    def _host(self, *argv: str) -> ProcessResult:
+        return self._processes.run(Command(argv=argv, env=self._host_env),
+                                   timeout_s=SLOW_TIMEOUT_S)
+
+    def command(self, argv: Sequence[str]) -> Command:
+        return Command(argv=tuple(argv), cwd=self.folder, env=self._env)
+
+    def sweep(self) -> None:
+        """Kills our children, then theirs, who are ours then, until there are none."""
+        me, until = str(os.getpid()).encode(), self._clock.monotonic() + 10.0
+        while True:
+            try:
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            except ChildProcessError:
+                return
+            if self._clock.monotonic() > until:
+                raise SandboxError("what the agent started does not end",
+                                   hint="look at it with ps, then start again")
+            for stat in Path("/proc").glob("[0-9]*/stat"):
+                with contextlib.suppress(OSError):       # it ended meanwhile
+                    if stat.read_bytes().rpartition(b")")[2].split()[1] == me:
+                        os.kill(int(stat.parent.name), signal.SIGKILL)
+            self._clock.sleep(0.002)
+
+    def close(self) -> None:
+        self.sweep()
+        if self._guard:
+            self._guard.communicate(b"all is well\n")    # ignores one that was killed
+
+_AGENT_VARIABLES = re.compile(r"(ANTHROPIC|CLAUDE_CODE)_\w+")
+_UP = ("up", "-d", "--no-build")
+_SUPERVISE = ("python3", "/usr/local/lib/sandbox/supervise.py", "--")
+# `kill -9 -1` spares PID 1 and its caller and fails once nobody else is left; it needs
+# no process, so a full process table does not stop it.
+_KILL_ALL = """
+for round in 1 2 3 4 5 6 7 8 9 10; do kill -9 -1 2>/dev/null || exit 0; sleep 0.05; done
+exit 1
+"""
+_FILL = """
+if git rev-parse -q --verify HEAD >/dev/null 2>&1; then echo kept; exit; fi
+find . -mindepth 1 -delete
+if [ -z "$1" ]; then cat >/tmp/repo.bundle; set -- /tmp/repo.bundle "$2"; fi
+""" + _CLONE + "rm -f /tmp/repo.bundle; echo cloned"
+_RESET = _GIT + """
+home=$($git symbolic-ref refs/orchestrator/home)
+set -- "${home#refs/heads/}" refs/orchestrator/start
+rm -f .git/index
+""" + _SWITCH + """
+$git clean -ffdxq
+find /env/logs -mindepth 1 -delete
+test -z "$($git status --porcelain --ignored)"
+"""
+
+class DockerSandbox(Sandbox):
+    """Service `sandbox` of a compose project; engine and context are compose's own."""
+    permissions = ("--dangerously-skip-permissions",)
+
+    def __init__(self, processes: Processes, *, compose_files: str,
+                 environ: Mapping[str, str]) -> None:
+        super().__init__(processes)
+        self._env, self.name = environ, f"docker sandbox {compose_files}"
+        files = (("-f", file) for file in compose_files.split(os.pathsep))
+        self._compose = ("docker", "compose", *itertools.chain(*files))
+        # the names only: compose takes the values, so that no argv shows a secret
+        names = sorted(filter(_AGENT_VARIABLES.fullmatch, environ))
+        self.secrets = tuple(itertools.chain(*(("-e", name) for name in names)))
+
+    @property
+    def project(self) -> str:
+        """Names the containers and volumes: one sandbox each."""
+        names = map(self._env.get, ("COMPOSE_PROJECT_NAME", "SANDBOX_PROJECT"))
+        return next(filter(None, names), "ktrdr-sandbox")
+
+    def argv(self, *args: str) -> tuple[str, ...]:
+        return (*self._compose, *args)
+
+    def compose(self, *args: str, stdin: bytes = b"",
+                timeout_s: float = COMMAND_TIMEOUT_S) -> ProcessResult:
+        """Run `docker compose ARGS`. Raises SandboxError if it fails."""
+        command = Command(argv=self.argv(*args), env=self._env, stdin=stdin)
+        return self._processes.run(command, timeout_s=timeout_s).checked(
+            str(command), hint=f"docker info; {PROGRAM} sandbox init")
+
+    def open(self) -> None:
+        self.compose(*_UP)
+        self.sweep()
+        self.sh("test -d .git").checked("/workspace in the sandbox holds no repository",
+                                        hint=f"{PROGRAM} sandbox init")
+
+    def command(self, argv: Sequence[str]) -> Command:
+        return Command(argv=self.argv("exec", "-T", "sandbox", *argv), env=self._env)
+
+    def agent_command(self, argv: Sequence[str], prompt: bytes) -> Command:
+        """Under supervise.py, which reads the prompt's length first and ends the agent
+        when our end of stdin closes."""
+        inside = ("exec", "-T", *self.secrets, "sandbox", *_SUPERVISE, *argv)
+        return Command(argv=self.argv(*inside), env=self._env, holds_stdin=True,
+                       stdin=b"%d\n%s" % (len(prompt), prompt))
+
+    def sweep(self) -> None:
+        if self.sh(_KILL_ALL).exit_code != 0:
+            self.compose("restart", "-t", "0", "sandbox")
+
+    def clone(self, source: str, bundle: bytes = b"") -> str:
+        """Fill /workspace from a URL, or '' and a bundle; `kept` if it was filled."""
+        done = self.compose("exec", "-T", "sandbox", "sh", "-euc", _FILL, "fill",
+                            source, ".", stdin=bundle, timeout_s=SLOW_TIMEOUT_S)
+        return done.stdout.decode().split()[-1]
+
+    def reset(self) -> str:
+        """Back to the commit it was cloned at, logs cleared; models, strategies and the
+        branches of milestones stay. Returns the commit."""
+        self.open()
+        return self._git("the reset", _RESET)
+
+# ==== 11. Agent ===================================================== [shell]
+
+@contextlib.contextmanager
+def disk(path: Path) -> Iterator[None]:
+    """What the disk refuses within becomes a StateError."""
+    try:
+        yield
+    except OSError as error:
+        raise StateError(f"{path}: {error.strerror or error}", hint="the file is as it "
+                         "was; make room or fix the rights") from None
+
+class Transcript(Listener):
+    """What one agent call printed, byte for byte: NAME.ndjson (stdout) and NAME.stderr,
+    ended by a line of ours that says how the call ended. Decodes as it listens."""
+    def __init__(self, path: Path, on_tool: Callable[[str], None],
+                 on_silence: Callable[[float], None]) -> None:
+        super().__init__(STDERR_TAIL_BYTES)
+        self._path, self._on_tool, self._on_silence = path, on_tool, on_silence
+        self._decoder, self._ends_line = StreamDecoder(), True
+        with disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+            path.with_suffix(".stderr").unlink(missing_ok=True)   # of an uncounted call
+
+    def _append(self, suffix: str, data: bytes) -> None:
+        with disk(self._path), self._path.with_suffix(suffix).open("ab") as file:
+            file.write(data)
+
+    def on_output(self, data: bytes) -> None:
+        self._append(".ndjson", data)
+        self._ends_line = data.endswith(b"\n")
+        for tool in self._decoder.feed(data):
+            self._on_tool(tool)
+
+    def on_error(self, data: bytes) -> None:
+        self._append(".stderr", data)
+        super().on_error(data)
+
+    def on_tick(self, idle_s: float) -> None:
+        self._on_silence(idle_s)
+
+    def is_done(self) -> bool:
+        return self._decoder.has_result
+
+    def finish(self, done: ProcessResult) -> AgentResult:
+        """Write the last line and fold all of it."""
+        end = json.dumps({"type": END_EVENT, "ended": done.ended, "exit_code":
+                          done.exit_code, "duration_s": round(done.duration_s, 3)})
+        self._append(".ndjson", f"{'' if self._ends_line else chr(10)}{end}\n".encode())
+        return self._decoder.finish(
+            ended=done.ended, exit_code=done.exit_code, duration_s=done.duration_s,
+            stderr_tail=self.err.decode("utf-8", "replace").strip())
+
+def read_transcript(path: Path, chunks: Iterable[bytes]) -> AgentResult:
+    """Fold a recorded stream as a run does; stderr is taken from NAME.stderr."""
+    decoder, stderr = StreamDecoder(), b""
+    for chunk in chunks:
+        decoder.feed(chunk)
+    with contextlib.suppress(OSError):
+        stderr = path.with_suffix(".stderr").read_bytes()[-STDERR_TAIL_BYTES:]
+    return decoder.finish(stderr_tail=stderr.decode("utf-8", "replace").strip())
+
+class ClaudeAgent:
+    """`claude -p` in the sandbox, its stream kept on disk. A signal that interrupts a
+    call comes back beside its result, so that what it cost is recorded first."""
+    def __init__(self, sandbox: Sandbox, processes: Processes, config: Config, *,
+                 on_tool: Callable[[str], None],
+                 on_silence: Callable[[float], None]) -> None:
+        self._sandbox, self._processes, self._config = sandbox, processes, config
+        self._on_tool, self._on_silence = on_tool, on_silence
+
+    def ask(self, prompt: str, *, schema: Mapping[str, Any], transcript: Path,
+            session_id: str = "", model: str = "", timeout_s: float | None = None,
+            budget_usd: float | None = None) -> tuple[AgentResult, Interrupted | None]:
+        """In a fresh session, or in `session_id`. Ends with nothing of it alive. The
+        prompt goes in on stdin: argv is seen by all and holds 128 kB."""
+        config, sandbox = self._config, self._sandbox
+        argv = [*shlex.split(config.claude), "-p", "--output-format", "stream-json",
+                "--verbose", "--json-schema", json.dumps(schema),
+                "--max-turns", str(config.max_turns), *sandbox.permissions]
+        options = {"--model": model or config.model, "--resume": session_id}
+        argv += [part for pair in options.items() if pair[1] for part in pair]
+        if budget_usd is not None:
+            argv += ["--max-budget-usd", f"{budget_usd:.4f}"]
+        heard = Transcript(transcript, self._on_tool, self._on_silence)
+        done = self._processes.stream(
+            sandbox.agent_command(argv, prompt.encode()), listener=heard,
+            timeout_s=timeout_s or config.task_timeout_s, idle_s=config.idle_timeout_s,
+            start_s=min(START_TIMEOUT_S, config.idle_timeout_s))
+        sandbox.sweep()
+        return heard.finish(done), done.interrupted
+
+# ==== 12. State, lock, ledger ======================================= [shell]
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's content: all of it is on the disk, or nothing changed; then
+    raises StateError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+def _record_from(raw: Mapping[str, Any]) -> TaskRecord:
+    """Raises KeyError, TypeError or ValueError if it is none."""
+    asked = raw["question"]
+    return TaskRecord(**{
+        **raw, "status": TaskStatus(raw["status"]),
+        "attempts": tuple(Attempt(**attempt) for attempt in raw["attempts"]),
+        "question": asked and Question(**asked | {"options": tuple(asked["options"])})})
+
+class StateStore:
+    """RunState in `<milestone>_state.json`: a JSON object of its fields, the tasks as
+    `task_results`, a line each. `completed_tasks`, `failed_tasks`, `e2e_status` and
+    `task_attempt_counts` are for readers such as jq; nothing reads them back."""
+    def __init__(self, state_dir: Path, milestone: str, clock: Clock) -> None:
+        self.path = state_dir / f"{milestone}_state.json"
+        self.folder = state_dir / milestone
+        self._clock = clock
+        self._lines: dict[str, tuple[TaskRecord, str]] = {}
+
+    def transcript(self, task_id: str, number: int, part: int = 0) -> Path:
+        """Where the n-th attempt is recorded; `part` counts the calls within it."""
+        name = re.sub(r"[^\w.-]", "_", task_id)
+        return self.folder / f"{name}-{number}{f'.{part}' if part else ''}.ndjson"
+
+    def save(self, state: RunState) -> RunState:
+        """On the disk when this returns; hands the saved state on."""
+        state = dataclasses.replace(state, updated_at=stamp(self._clock.now()),
+                                    cost_usd=round(state.cost_usd, 6))
+        write_atomically(self.path, self._encoded(state).encode())
+        return state
+
+    def _encoded(self, state: RunState) -> str:
+        """Lines of unchanged records are used again: a save costs the same in a plan
+        of 500 tasks."""
+        for i, record in state.tasks.items():
+            if i not in self._lines or self._lines[i][0] is not record:
+                line = json.dumps(record, default=dataclasses.asdict)
+                self._lines[i] = record, f"{json.dumps(i)}: {line}"
+        tasks = [(i, r.status) for i, r in state.tasks.items() if i != E2E_ID]
+        head = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)} | {
+            "version": STATE_VERSION,
+            "completed_tasks": [i for i, s in tasks if s is TaskStatus.COMPLETED],
+            "failed_tasks": [i for i, s in tasks if s is TaskStatus.FAILED],
+            "e2e_status": state.tasks[E2E_ID].status if E2E_ID in state.tasks else None,
+            "task_attempt_counts": {i: r.started for i, r in state.tasks.items()}}
+        del head["tasks"]
+        lines = [f"{json.dumps(key)}: {json.dumps(value, default=dataclasses.asdict)}"
+                 for key, value in head.items()]
+        results = ",\n  ".join(self._lines[i][1] for i in state.tasks)
+        return "{" + ",\n".join((*lines, f'"task_results": {{\n  {results}\n}}}}\n'))
+
+    def load(self) -> RunState | None:
+        """The saved state, None if there is none. Raises StateError for a damaged file
+        or one of another version; the file is left alone."""
+        names = [f.name for f in dataclasses.fields(RunState)]
+        try:
+            with disk(self.path):
+                if not os.path.lexists(self.path):
+                    return None
+                raw = json.loads(self.path.read_bytes())
+            if raw["version"] != STATE_VERSION:
+                raise ValueError(f"version {raw['version']!r}, not {STATE_VERSION}")
+            tasks = {i: _record_from(r) for i, r in raw["task_results"].items()}
+            raw |= {"tasks": tasks, "wait": raw["wait"] and Wait(**raw["wait"])}
+            return RunState(**{name: raw[name] for name in names})
+        except (ValueError, LookupError, TypeError, AttributeError,
+                RecursionError) as error:
+            raise StateError(f"{self.path}: damaged or newer: {error!r}", hint="move "
+                             "it away or use run --fresh, which archives it") from None
+
+    def archive(self) -> Path | None:
+        """Move transcripts, workspace and state aside; None: there was nothing."""
+        target = self.path.parent / "archive" / (
+            f"{self.folder.name}-{self._clock.now():%Y%m%dT%H%M%S.%f}")
+        found = [path for path in (self.folder, self.path) if path.exists()]
+        with disk(target):
+            for path in found:           # the state last: it tells what is missing
+                target.mkdir(parents=True, exist_ok=True)
+                path.rename(target / path.name)
+        return target if found else None
+
+class RunLock:
+    """`<name>.lock` holds PID, start time and host of its owner while one works. It is
+    looked at and changed under flock only; a dead owner, or a stranger with its PID,
+    counts as none."""
+    def __init__(self, path: Path, what: str) -> None:
+        self._path, self._what = path, what
+        self._me: dict[str, Any] = {}
+
+    def __enter__(self) -> RunLock:
+        """Raises LockHeldError."""
+        pid, host = os.getpid(), os.uname().nodename
+        self._me = {"pid": pid, "start": process_start(pid), "host": host}
+        with disk(self._path), self._exclusive():
+            if owner := self.owner():
+                raise LockHeldError(
+                    f"{self._what} is in use by PID {owner['pid']} on {owner['host']}",
+                    hint=f"{PROGRAM} status shows how far it is"
+                    if owner["host"] == host else f"if that is over: rm {self._path}")
+            self._path.write_text(json.dumps(self._me), encoding="utf-8")
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
+        with contextlib.suppress(OSError), self._exclusive():
+            if self.owner() == self._me:    # not if a person gave it to another
+                self._path.unlink()
+
+    def _exclusive(self) -> BinaryIO:
+        """A file beside it, which is never unlinked, under flock until it is closed."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = self._path.with_name(".locking").open("wb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return file
+
+    def owner(self) -> Mapping[str, Any] | None:
+        """Who owns it and lives, or cannot be asked because it is on another host."""
+        try:
+            owner = json.loads(self._path.read_bytes())
+            pid, start, host = int(owner["pid"]), owner["start"], owner["host"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None                  # damaged: its writer died on the way
+        lives = bool(start) and process_start(pid) == start
+        return owner if lives or host != os.uname().nodename else None
+
+class Ledger:
+    """`ledger.jsonl`: one object a line for each agent call of every milestone, only
+    ever appended to."""
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """On the disk when this returns. Raises StateError."""
+        line = json.dumps(entry).encode() + b"\n"
+        with disk(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a+b", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                    line = b"\n" + line      # a torn line of a writer that died
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+
+    def entries(self) -> Iterator[Mapping[str, Any]]:
+        """Every sound line, oldest first; a torn one is passed over."""
+        with disk(self._path), contextlib.suppress(FileNotFoundError), \
+                self._path.open("rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, RecursionError):
+                    entry = json.loads(line)
+                    if isinstance(entry, dict):
+                        yield entry
+
+# ==== 13. Telemetry ================================================= [shell]
+
+class Telemetry:
+    """Spans of a run by OTLP over HTTP: milestone > task > claude_invoke. Without an
+    endpoint in OTEL_EXPORTER_OTLP_[TRACES_]ENDPOINT nothing is imported and nothing
+    done. What goes wrong is told once, at the end (promise 9)."""
+    def __init__(self, environ: Mapping[str, str], warn: Callable[[str], None]) -> None:
+        self._warn, self._complaint = warn, ""
+        self._provider: Any = None
+        if (environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+                or environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")) \
+                and environ.get("OTEL_TRACES_EXPORTER") != "none" \
+                and environ.get("OTEL_SDK_DISABLED", "").lower() != "true":
+            self._guard(self._start)
+
+    def _guard(self, act: Callable[[], object]) -> None:
+        """Do it; that it fails must not matter, be it that the package is missing."""
+        try:
+            act()
+        except (ImportError, OSError, ValueError, TypeError, AttributeError,
+                LookupError, RuntimeError) as error:
+            self._complaint = f"{type(error).__name__}: {error}"
+
+    def _start(self) -> None:
+        from opentelemetry.exporter.otlp.proto.http import trace_exporter
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+        from opentelemetry.sdk.trace import TracerProvider, export
+
+        def hear(record: logging.LogRecord) -> bool:     # in place of tracebacks
+            self._complaint = self._complaint or record.getMessage()
+            return False
+        (listener := logging.Handler()).addFilter(hear)
+        logger = logging.getLogger("opentelemetry")
+        logger.handlers, logger.propagate = [listener], False
+        ours = Resource({"service.name": PROGRAM, "service.version": __version__})
+        resource = ours.merge(OTELResourceDetector().detect())    # the user's wins
+        provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        provider.add_span_processor(export.BatchSpanProcessor(
+            trace_exporter.OTLPSpanExporter(timeout=TELEMETRY_CLOSE_S)))
+        self._provider = provider
+
+    @contextlib.contextmanager
+    def span(self, name: str, **about: str) -> Iterator[Callable[..., None]]:
+        """A span `orchestrator.NAME` about a milestone or task; yields what takes the
+        attributes that are known at its end."""
+        if self._provider is None:
+            yield lambda _: None
+            return
+        about = {f"orchestrator.{key}": value for key, value in about.items()}
+        with self._provider.get_tracer(PROGRAM, __version__).start_as_current_span(
+                f"orchestrator.{name}", attributes=about) as span:
+            yield span.set_attributes
+
+    def close(self) -> None:
+        """Send what is left, for TELEMETRY_CLOSE_S at most."""
+        if self._provider is not None:
+            sender = threading.Thread(
+                target=self._guard, args=(self._provider.force_flush,), daemon=True)
+            sender.start()
+            sender.join(TELEMETRY_CLOSE_S)
+            self._complaint = self._complaint or "no answer" * sender.is_alive()
+        if self._complaint:
+            self._warn(f"warning: telemetry was not sent: {self._complaint}")
+
+# ==== 14. Reporting ================================================= [shell]
+
+# An agent's escape sequences, and characters that turn the direction of reading.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+def duration_text(seconds: float) -> str:
+    """`0:07`, `12:30`, `1:02:03`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell."""
+    table = (header, *rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
+
+class Reporter:
+    """The only writer of text: answers to stdout, the rest to stderr."""
+    def __init__(self, out: TextIO, err: TextIO, clock: Clock, *,
+                 environ: Mapping[str, str]) -> None:
+        self._out, self._err, self._clock = out, err, clock
+        self._is_live = err.isatty() and environ.get("TERM", "") not in ("", "dumb")
+        self._form = "%H:%M:%S" if self._is_live else "%Y-%m-%dT%H:%M:%SZ"
+        self._erase = ""                 # takes the live line away
+        self._task, self._tools, self._since, self._heard_at = "", 0, 0.0, 0.0
+
+    @staticmethod
+    def _write(stream: TextIO, text: str) -> None:
+        encoding = stream.encoding or "utf-8"    # ASCII under some locales
+        stream.write(text.encode(encoding, "replace").decode(encoding))
+        stream.flush()
+
+    def _tell(self, text: str, is_live: bool = False) -> None:
+        """On stderr, in place of the live line. If nobody reads, the work goes on."""
+        text = _CONTROLS.sub("", text)
+        with contextlib.suppress(OSError):
+            self._write(self._err, f"{self._erase}{text}" + "\n" * (not is_live))
+        self._erase = "\r\x1b[2K" if is_live else ""
+
+    def answer(self, text: str) -> None:
+        self._write(self._out, f"{_CONTROLS.sub('', text)}\n")
+
+    def progress(self, message: str) -> None:
+        self._tell(f"{self._clock.now():{self._form}} {message}")
+
+    def error(self, error: OrchestratorError) -> None:
+        hint = f"\n  try: {error.hint}" if error.hint else ""
+        self._tell(f"{PROGRAM}: error: {error}{hint}")
+
+    def begin(self, task_id: str, message: str) -> None:
+        self.progress(message)
+        self._task, self._tools = task_id, 0
+        self._since = self._heard_at = self._clock.monotonic()
+
+    def tool(self, told: str) -> None:
+        self._tools += 1
+        self._heard_at = self._clock.monotonic()
+        self.progress(f"  {self._task}  {told}")
+
+    def silence(self, idle_s: float) -> None:
+        """Called at least each second while an agent works."""
+        now = self._clock.monotonic()
+        told = (f"  {self._task}  working for {duration_text(now - self._since)}, "
+                f"{self._tools} tool calls, silent for {duration_text(idle_s)}")
+        if now - self._heard_at >= (1.0 if self._is_live else HEARTBEAT_S):
+            self._heard_at = now
+            self._tell(f"{self._clock.now():{self._form}} {told}", self._is_live)
+
+def status_json(state: RunState, plan: Plan | None, is_running: bool) -> dict[str, Any]:
+    """A milestone as `status --json` shows it; tasks not begun only with the plan."""
+    titles = {step.id: step.title for step in plan.steps} if plan else {}
+    records = {i: state.record(i) for i in (*titles, *state.tasks)}
+    found = {record.status for record in records.values()}
+    words = ["running"] * is_running + [
+        s for s in (TaskStatus.NEEDS_HUMAN, TaskStatus.FAILED) if s in found]
+    words += ["waiting"] * bool(state.wait)
+    words.append("completed" if found == {TaskStatus.COMPLETED} else "interrupted")
+    return {
+        "milestone": state.milestone, "plan": state.plan_path, "branch": state.branch,
+        "status": words[0], "started_at": state.started_at,
+        "updated_at": state.updated_at, "cost_usd": round(state.cost_usd, 6),
+        "wait": state.wait and dataclasses.asdict(state.wait),
+        "tasks": [{
+            "id": i, "title": r.title or titles.get(i, ""), "status": r.status,
+            "attempts": r.started, "reason": r.reason,
+            "duration_s": round(sum(a.duration_s for a in r.attempts), 3),
+            "cost_usd": round(sum(a.cost_usd for a in r.attempts), 6),
+            "checkpoint": r.checkpoint, "question": dataclasses.asdict(r.question)
+            if r.question and r.status is TaskStatus.NEEDS_HUMAN else None,
+        } for i, r in records.items()]}
+
+def status_text(shown: Mapping[str, Any]) -> str:
+    """`status_json` for a person."""
+    rows = [(t["id"], t["status"], str(t["attempts"]), duration_text(t["duration_s"]),
+             f"${t['cost_usd']:.2f}", t["title"]) for t in shown["tasks"]]
+    lines = [f"{shown['milestone']}: {shown['status']}, ${shown['cost_usd']:.2f}, "
+             f"branch {shown['branch']}",
+             table_text(("task", "status", "attempts", "time", "cost", "title"), rows)]
+    for task in shown["tasks"]:
+        if task["question"]:
+            lines.append(question_text(task["id"], task["question"]))
+        elif task["reason"] and task["status"] == "failed":
+            lines.append(f"Task {task['id']}: {task['reason']}")
+    if wait := shown["wait"]:
+        until = f" until {wait['until']}" if wait["until"] else ""
+        lines.append(f"Waits{until}: {wait['reason']}")
+    return "\n".join(lines)
+
+def question_text(task_id: str, question: Mapping[str, Any]) -> str:
+    """A question as a person reads it, options by letter."""
+    lines = [f"Task {task_id} asks: {question['text']}"]
+    lines += [f"  {chr(97 + i)}) {text}" for i, text in enumerate(question["options"])]
+    if question["recommendation"]:
+        lines.append(f"  recommended: {question['recommendation']}")
+    return "\n".join(lines)
+
+def readable_events(lines: Iterable[bytes]) -> Iterator[str]:
+    """The lines of `logs`: what the agent said, did and got to see."""
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            yield from _readable(_object(json.loads(line.decode("utf-8", "replace"))))
+
+def _readable(event: Mapping[str, Any]) -> Iterator[str]:
+    for block in map(_object, _list(_object(event.get("message")).get("content"))):
+        if block.get("type") == "text":
+            yield textwrap.indent(_text(block.get("text")), "  ")
+        elif block.get("type") == "tool_use":
+            yield f"> {tool_use(block)}"
+        elif block.get("type") == "tool_result":
+            shown = block.get("content")
+            parts = [_text(_object(part).get("text")) for part in _list(shown)]
+            text = _text(shown) or "\n".join(parts)
+            yield textwrap.indent(shortened(text, 2000) or "(nothing)",
+                                  "! " if block.get("is_error") is True else "< ")
+
+# ==== 15. Escalation desk ============================================ [flow]
+
+class EscalationDesk:
+    """Gets an answer from a person now, or says that the question is parked."""
+    def __init__(self, terminal: Terminal, reporter: Reporter) -> None:
+        self._terminal, self._reporter = terminal, reporter
+
+    def ask(self, task_id: str, question: Question) -> str | None:
+        """The answer in words; None: nobody is there, or they want to answer later."""
+        self._reporter.progress(question_text(task_id, dataclasses.asdict(question)))
+        while self._terminal.is_interactive():
+            line = self._terminal.ask("Answer, letter, skip (as recommended), later: ")
+            if line is None or line.strip().lower() == "later":
+                break
+            if answer := chosen_answer(line, question):
+                return answer
+        return None
+
+def chosen_answer(line: str, question: Question) -> str:
+    """What a typed line stands for: an option by letter or number, the recommendation
+    ('skip' or nothing typed), or the words themselves; '' if it stands for nothing."""
+    word = line.strip().lower()
+    if word in ("", "skip"):
+        return question.recommendation
+    if found := re.fullmatch(r"([a-z]|[1-9]\d?)[).]?", word, re.ASCII):
+        number = int(found[1]) if found[1].isdecimal() else ord(found[1]) - ord("a") + 1
+        if number <= len(question.options):
+            return question.options[number - 1]
+    return line.strip()
+
+# ==== 16. Task runner ================================================ [flow]
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """The adapters a flow works with."""
+    agent: ClaudeAgent
+    sandbox: Sandbox
+    store: StateStore
+    ledger: Ledger
+    desk: EscalationDesk
+    reporter: Reporter
+    telemetry: Telemetry
+    clock: Clock
+    config: Config
+
+def git_name(text: str) -> str:
+    """A text as one component of a ref."""
+    return re.sub(r"[^A-Za-z0-9_-]+", ".", text).strip(".").replace(".lock", "") or "x"
+
+def ref(milestone: str, kind: str, name: str) -> str:
+    """Where a checkpoint or rejected work of a milestone stays reachable."""
+    return f"refs/orchestrator/{git_name(milestone)}/{kind}/{git_name(name)}"
+
+class TaskRunner:
+    """Attempts one task until it is completed, stuck, or waits for a person. Each step
+    ends with a save and the next is chosen by what was saved, after a crash too."""
+    def __init__(self, crew: Crew, plan: Plan) -> None:
+        self._crew, self._plan, self._config = crew, plan, crew.config
+        self._save, self._tell = crew.store.save, crew.reporter.progress
+        self._outages = 0            # in a row, in this process
+        self._is_clean = False       # the workspace is known to stand at the checkpoint
+
+    def run(self, state: RunState, task: Task, *, guidance: str = "") -> RunState:
+        """The state with the task completed, failed, or needing a person; saved."""
+        is_over = False
+        name = "e2e_test" if task.id == E2E_ID else "task"
+        with self._crew.telemetry.span(name, task=task.id, title=task.title) as note:
+            while not is_over:
+                record = state.record(task.id)
+                if record.status is TaskStatus.NEEDS_HUMAN and not record.answer:
+                    asked = record.question or Question("")
+                    if (answer := self._crew.desk.ask(task.id, asked)) is None:
+                        break
+                    state = self._save(state.updated(task.id, answer=answer))
+                elif settled := self._settle(state, task):
+                    state = settled
+                elif reason := stop_reason(self._config, state, record):
+                    state = self._fail(state, task, reason)
+                else:
+                    state = self._attempt(self._sit_out(state), task, guidance)
+                is_over = state.record(task.id).status in OVER
+            record = state.record(task.id)
+            note({"orchestrator.status": record.status.value,
+                  "orchestrator.attempts": record.started})
+        return state
+
+    def _settle(self, state: RunState, task: Task) -> RunState | None:
+        """Run the gates on what the agent calls completed; commit it, or fail it. Also
+        what a run leaves that was killed between verdict and commit."""
+        if in_flight(state.record(task.id)) != VerdictStatus.COMPLETED:
+            return None
+        if evidence := self._gates(task):
+            *others, last = state.record(task.id).attempts
+            last = dataclasses.replace(last, status=VerdictStatus.FAILED, rule="gate",
+                                       evidence=evidence)
+            # the ledger has the agent's word; the gate's, which outranks it, is free
+            entry = ledger_entry(state, task.id, last, AgentResult())
+            self._crew.ledger.append(entry | {"kind": "gate", "cost_usd": 0.0})
+            return self._save(state.updated(task.id, attempts=(*others, last)))
+        commit = self._crew.sandbox.checkpoint(
+            state.branch, state.head, ref=ref(state.milestone, "checkpoints", task.id),
+            message=f"Task {task.id}: {task.title}")
+        self._is_clean = True
+        self._tell(f"Task {task.id} completed, commit {commit[:10]}")
+        return self._save(dataclasses.replace(state, head=commit).updated(
+            task.id, status=TaskStatus.COMPLETED, checkpoint=commit, reason=""))
+
+    def _attempt(self, state: RunState, task: Task, guidance: str) -> RunState:
+        """From the checkpoint, or in the session whose question was answered."""
+        old, session_id = state.record(task.id), ""
+        if old.answer and in_flight(old) == VerdictStatus.NEEDS_HUMAN:
+            session_id = old.attempts[-1].session_id
+        if session_id:
+            prompt = answer_prompt(self._plan, task.id, task.title,
+                                   f"{old.answer}\n\n{guidance}".strip())
+        else:
+            state = self._roll_back(state, task)
+            prompt = task_prompt(
+                self._plan, task, dataclasses.replace(old, started=old.started + 1),
+                max_attempts=self._config.max_attempts, guidance=guidance)
+        state, verdict = self._ask(
+            state, task, prompt, VERDICT_SCHEMA, judge, session_id)
+        if verdict is None:
+            return state
+        statuses = [attempt.status for attempt in state.record(task.id).attempts]
+        if session_id and verdict.rule == MISSING_SESSION:   # a new one gets the answer
+            state = state.updated(task.id, base="", started=old.started,
+                                  attempts=old.attempts)
+        elif verdict.question and statuses.count(verdict.status) < MAX_QUESTIONS:
+            state = state.updated(task.id, status=TaskStatus.NEEDS_HUMAN, answer="",
+                                  question=verdict.question)
+        return self._save(state)
+
+    def _fail(self, state: RunState, task: Task, reason: str) -> RunState:
+        self._tell(f"Task {task.id} failed: {shortened(reason)}")
+        return self._roll_back(self._save(state.updated(
+            task.id, title=task.title, status=TaskStatus.FAILED,
+            reason=shortened(reason))), task)
+
+    def _roll_back(self, state: RunState, task: Task) -> RunState:
+        """The workspace at the last checkpoint; what stood there is kept in a ref."""
+        if not self._is_clean:
+            sandbox, number = self._crew.sandbox, state.record(task.id).started
+            state = self._save(without_work(state))
+            kept = ref(state.milestone, "rejected", f"{task.id}-{number}")
+            while sandbox.has_commit(kept):      # numbers come again, refs must not
+                kept += "_"
+            sandbox.rollback(state.branch, state.head, ref=kept,
+                             message=f"Rejected: task {task.id}, attempt {number}")
+            self._is_clean = True
+        return state
+
+    def _counted(self, state: RunState, task: Task) -> RunState:
+        number, limit = state.record(task.id).started + 1, self._config.max_attempts
+        self._is_clean = False
+        self._crew.reporter.begin(
+            task.id, f"Task {task.id}: {task.title} (attempt {number} of {limit})")
+        return self._save(state.updated(
+            task.id, title=task.title, sha256=task.sha256, status=TaskStatus.RUNNING,
+            reason="", started=number))
+
+    def _ask(self, state: RunState, task: Task, prompt: str, schema: Mapping[str, Any],
+             judged: Callable[[AgentResult], Verdict], session_id: str = "",
+             ) -> tuple[RunState, Verdict | None]:
+        """One attempt: counted and saved before the call, in the ledger as soon as that
+        ended, in the state that comes back, which is not saved yet. It stays counted
+        unless Ctrl-C, the sandbox or an outage (no verdict then) ended it."""
+        crew, state = self._crew, self._counted(state, task)
+        number, at = state.record(task.id).started, stamp(crew.clock.now())
+        paths = (crew.store.transcript(task.id, number, n) for n in itertools.count())
+        limit_usd = self._config.max_cost_usd
+        try:
+            with crew.telemetry.span("claude_invoke", task=task.id) as note:
+                result, interrupted = crew.agent.ask(
+                    prompt, schema=schema, session_id=session_id, model=task.model,
+                    transcript=next(path for path in paths if not path.exists()),
+                    timeout_s=task.timeout_s,
+                    budget_usd=limit_usd - state.cost_usd if limit_usd else None)
+                note({"gen_ai.conversation.id": result.session_id,
+                      "gen_ai.usage.output_tokens": result.usage.output,
+                      "orchestrator.cost_usd": result.usage.cost_usd})
+            verdict, problem = judged(result), outage(result)
+            attempt = Attempt(
+                number, at, round(result.duration_s, 3), result.ended, "interrupted"
+                if interrupted else "outage" if problem else verdict.status,
+                problem.kind if problem else verdict.rule,
+                shortened(problem.reason if problem else verdict.evidence),
+                result.session_id, result.turns, round(result.usage.cost_usd, 6))
+            crew.ledger.append(ledger_entry(state, task.id, attempt, result))
+            spent_usd = state.cost_usd + attempt.cost_usd
+            state = dataclasses.replace(state, cost_usd=spent_usd)
+            if interrupted:
+                raise interrupted
+        except (Interrupted, SandboxError) as stopped:   # neither is the task's fault
+            charge = isinstance(stopped, Interrupted) and not stopped.by_hand
+            self._save(state.updated(task.id, started=number - (not charge)))
+            raise
+        self._tell(f"  {task.id}  {attempt.status} by rule {attempt.rule} after "
+                   f"{duration_text(result.duration_s)}, ${attempt.cost_usd:.2f}: "
+                   f"{shortened(' '.join(attempt.evidence.split()), 160)}")
+        if problem:
+            return self._put_off(state, task, problem), None
+        self._outages, attempts = 0, (*state.record(task.id).attempts, attempt)
+        return state.updated(task.id, attempts=attempts, base=state.head), verdict
+
+    def _put_off(self, state: RunState, task: Task, problem: Outage) -> RunState:
+        """The wait saved, the attempt off the count. Raises OutageError if the wait is
+        too long, NeedsPersonError if waiting is no cure."""
+        config, now = self._config, self._crew.clock.now()
+        self._outages += 1
+        wait_s = None if problem.kind is OutageKind.PERSON else retry_delay_s(
+            problem, self._outages, now=now.timestamp(),
+            delays_s=config.outage_delays_s, limit_wait_s=config.limit_wait_s)
+        until_s = problem.resets_at if wait_s is None else now.timestamp() + wait_s
+        wait = Wait(problem.reason, stamp(datetime.fromtimestamp(
+            until_s, UTC)) if until_s else "")
+        state = self._save(dataclasses.replace(state, wait=wait).updated(
+            task.id, started=state.record(task.id).started - 1))
+        if problem.kind is OutageKind.PERSON:
+            raise NeedsPersonError(f"Claude Code cannot work: {wait.reason}",
+                                   hint="put that right, then start again")
+        if wait_s is None:
+            raise OutageError(f"the API is not available: {wait.reason}",
+                              hint=f"start again after {wait.until or 'a while'}")
+        return state
+
+    def _sit_out(self, state: RunState) -> RunState:
+        """Wait as saved: for our own outage, or what is left of an earlier run's wait.
+        Raises OutageError if that is longer than a limit may be waited for."""
+        if (wait := state.wait) and wait.until:
+            clock, until = self._crew.clock, datetime.fromisoformat(wait.until)
+            left_s = (until - clock.now()).total_seconds()
+            if left_s > self._config.limit_wait_s and not self._outages:
+                raise OutageError(f"the API is not available: {wait.reason}",
+                                  hint=f"start again after {wait.until}")
+            if left_s > 0:
+                self._tell(f"{wait.reason}: going on at {wait.until}")
+                clock.sleep(left_s)
+        return dataclasses.replace(state, wait=None)
+
+    def _gates(self, task: Task) -> str:
+        """Run gates until one fails; its command and output, or ''."""
+        sandbox, timeout_s = self._crew.sandbox, task.timeout_s or GATE_TIMEOUT_S
+        for gate in task.gates:
+            done = sandbox.sh(gate, timeout_s=timeout_s, is_gate=True)
+            sandbox.sweep()
+            how = f"exit {done.exit_code}" if done.ended is Ended.EXIT else done.ended
+            told = f"gate `{shortened(' '.join(gate.split()), 80)}`: {how}"
+            self._tell(f"  {task.id}  {told}")
+            if how != "exit 0":
+                return f"{told}\n{shortened(done.output)}"
+        return ""
+
+def ledger_entry(state: RunState, task_id: str, attempt: Attempt, result: AgentResult,
+                 ) -> dict[str, Any]:
+    """One line of the ledger: what one agent call was for, gave and cost."""
+    said = dataclasses.asdict(attempt)
+    return {"v": 1, "at": said.pop("started_at"), "milestone": state.milestone,
+            "run": state.started_at, "task": task_id, "attempt": said.pop("number"),
+            **said, "tokens": result.usage.tokens,
+            "models": {name: {"cost_usd": round(usage.cost_usd, 6), **usage.tokens}
+                       for name, usage in result.models.items()}}
+
+def stop_reason(config: Config, state: RunState, record: TaskRecord) -> str:
+    """Why no further attempt may start, or ''."""
+    if 0 < config.max_cost_usd <= state.cost_usd:
+        return f"money limit: ${state.cost_usd:.2f} spent of ${config.max_cost_usd:.2f}"
+    return detect_loop(record, max_attempts=config.max_attempts,
+                       same_from=config.error_similarity)
+
+def in_flight(record: TaskRecord) -> str:
+    """The last attempt's verdict, if its uncommitted work is still in the workspace:
+    `base` is set with a verdict and cleared when the workspace goes back."""
+    return record.attempts[-1].status if record.has_verdict and record.base else ""
+
+def without_work(state: RunState) -> RunState:
+    """The state when the workspace goes back under whatever was in flight."""
+    for task_id, record in state.tasks.items():
+        if record.status is not TaskStatus.COMPLETED:
+            state = state.updated(task_id, base="")
+    return state
+
+# ==== 17. E2E runner ================================================= [flow]
+
+class E2ERunner(TaskRunner):
+    """Has the scenario carried out by a fresh session; gates outrank its word."""
+    def _settle(self, state: RunState, task: Task) -> RunState | None:
+        """Only a person's plain word that it passed counts as passed."""
+        record = state.record(E2E_ID)
+        if record.status is not TaskStatus.NEEDS_HUMAN:
+            return None
+        passed = record.answer == PASSED_BY_HAND
+        return self._save(state.updated(
+            E2E_ID, status=TaskStatus.COMPLETED if passed else TaskStatus.FAILED,
+            reason=f"a person said: {record.answer}"))
+
+    def _attempt(self, state: RunState, task: Task, guidance: str) -> RunState:
+        """Gates first: one that fails has failed the scenario without asking anybody,
+        and costs nothing, so it is not counted as an attempt either."""
+        state, self._is_clean = self._roll_back(state, task), not task.gates
+        if evidence := self._gates(task):
+            return self._fail(state, task, evidence)
+        prompt = e2e_prompt(self._plan, task, state.record(E2E_ID).started + 1)
+        state, verdict = self._ask(state, task, prompt, E2E_SCHEMA, judge_e2e)
+        if verdict is None:
+            return state
+        if verdict.status is VerdictStatus.FAILED:
+            return self._fail(state, task, verdict.evidence)
+        status, asked = TaskStatus.COMPLETED, verdict.question
+        if asked:
+            asked = dataclasses.replace(asked, options=(*asked.options, PASSED_BY_HAND))
+            status = TaskStatus.NEEDS_HUMAN
+        return self._roll_back(self._save(state.updated(
+            E2E_ID, status=status, question=asked, answer="")), task)
+
+# ==== 18. Milestone runner =========================================== [flow]
+
+class MilestoneRunner:
+    """Tasks in plan order, then E2E; stops at the first that does not complete."""
+    def __init__(self, crew: Crew, plan: Plan) -> None:
+        self._crew, self._plan = crew, plan
+
+    def run(self, state: RunState) -> RunState:
+        """The state when nothing more can be done now; saved at each step."""
+        state = self._begun(state)
+        tasks, e2e = (kind(self._crew, self._plan) for kind in (TaskRunner, E2ERunner))
+        for step in self._plan.steps:
+            if state.record(step.id).status is not TaskStatus.COMPLETED:
+                state = (e2e if step.id == E2E_ID else tasks).run(state, step)
+            if state.record(step.id).status is not TaskStatus.COMPLETED:
+                break
+        return state
+
+    def run_one(self, state: RunState, task: Task, guidance: str) -> RunState:
+        """One task out of turn; a person asked for it, so its count starts anew. What
+        the E2E scenario showed says nothing about the new work."""
+        state = self._begun(state)
+        tasks = {i: record for i, record in state.tasks.items() if i != E2E_ID}
+        if (old := state.record(task.id)).status in OVER:
+            tasks[task.id] = TaskRecord(question=old.question, answer=old.answer)
+        return TaskRunner(self._crew, self._plan).run(
+            dataclasses.replace(state, tasks=tasks), task, guidance=guidance)
+
+    def _begun(self, state: RunState) -> RunState:
+        """Sandbox ready, on the milestone's branch; what a crash left accounted for."""
+        crew, sandbox = self._crew, self._crew.sandbox
+        sandbox.open()
+        if not state.base:
+            kept_as = ref(state.milestone, "replaced", stamp(crew.clock.now()))
+            base = sandbox.start_branch(state.branch, crew.config.base, kept_as=kept_as)
+            return crew.store.save(dataclasses.replace(state, base=base, head=base))
+        if not sandbox.has_commit(state.head):
+            raise SandboxError(
+                f"{sandbox.name} lacks commit {state.head[:10]} of {state.milestone}",
+                hint="was the sandbox rebuilt? run --fresh starts over")
+        if sandbox.sh('git merge-base --is-ancestor "$1" HEAD', state.head).exit_code:
+            state = without_work(state)      # somebody reset the workspace meanwhile
+        run = (state.milestone, state.started_at)
+        spent_usd = sum(_number(e.get("cost_usd")) for e in crew.ledger.entries()
+                        if (e.get("milestone"), e.get("run")) == run)
+        return dataclasses.replace(state, cost_usd=max(state.cost_usd, spent_usd))
+
+def with_plan_changes(state: RunState, plan: Plan) -> tuple[RunState, tuple[str, ...]]:
+    """The state matched with a plan that may have been edited since, and what a person
+    should know of it. What was edited and is not completed may be tried afresh."""
+    if state.plan_sha256 == plan.sha256:
+        return state, ()
+    texts = {step.id: step.sha256 for step in plan.steps}
+    told = [f"{plan.path} was changed since the milestone started"]
+    kept = {i: record for i, record in state.tasks.items() if record.sha256 ==
+            texts.get(i) or record.status is TaskStatus.COMPLETED and i != E2E_ID}
+    for i, record in state.tasks.items():
+        if i not in texts:
+            told.append(f"task {i} is no longer in the plan")
+        elif i not in kept:
+            told.append(f"task {i} was edited; its attempts start anew")
+        elif record.sha256 != texts[i]:
+            told.append(f"task {i} is completed, but its text was edited since; "
+                        f"`task {plan.path} {i}` does it again")
+    return dataclasses.replace(state, tasks=kept, plan_sha256=plan.sha256), tuple(told)
+
+def exit_code(plan: Plan, state: RunState) -> ExitCode:
+    """What a milestone's state means to the shell."""
+    statuses = {state.record(step.id).status for step in plan.steps}
+    if TaskStatus.NEEDS_HUMAN in statuses:
+        return ExitCode.NEEDS_HUMAN
+    return ExitCode.OK if statuses <= {TaskStatus.COMPLETED} else ExitCode.FAILED
+
+# ==== 19. Command line ================================================ [cli]
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What a command works with: arguments, settings, and the outside."""
+    args: argparse.Namespace
+    config: Config
+    sources: Mapping[str, str]
+    environ: Mapping[str, str]
+    clock: Clock
+    processes: Processes
+    terminal: Terminal
+    reporter: Reporter
+
+    def store(self, milestone: str) -> StateStore:
+        return StateStore(self.config.state_dir, milestone, self.clock)
+
+    def lock(self, name: str, what: str = "milestone") -> RunLock:
+        return RunLock(self.config.state_dir / f"{name}.lock", f"{what} {name}")
+
+    def sandbox(self, state: RunState | None = None) -> DockerSandbox | LocalSandbox:
+        """The kind the milestone was started in, unless a setting says otherwise."""
+        is_kept = state and self.sources["sandbox"] == "default"
+        if (state if state and is_kept else self.config).sandbox == "docker":
+            return DockerSandbox(self.processes, environ=self.environ,
+                                 compose_files=self.config.compose_files)
+        folder = self.store(state.milestone if state else "").folder / "workspace"
+        return LocalSandbox(self.processes, self.clock, repo=Path(self.config.repo),
+                            folder=folder, environ=self.environ)
+
+    def show(self, value: Any, text: str = "") -> None:
+        if self.args.json:
+            self.reporter.answer(json.dumps(value, indent=2))
+        else:
+            self.reporter.answer(text or shown(value))
+
+def shown(value: Any) -> str:
+    """A JSON value for a person: an object as lines, a list of objects as a table."""
+    if isinstance(value, dict):
+        told = [(k, shown(v)) for k, v in value.items() if v not in (None, "", {}, [])]
+        return "\n".join(f"{k}:\n{v}" if "\n" in v else f"{k}: {v}" for k, v in told)
+    if not isinstance(value, list | tuple):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    if not value or not isinstance(value[0], dict):
+        return ", ".join(map(shown, value))
+    return table_text(tuple(value[0]), [[*map(shown, row.values())] for row in value])
+
+def contents(name: str | Path) -> bytes:
+    """Of a file that a person named, - for standard input. Raises UsageError."""
+    try:
+        with open(0 if str(name) == "-" else name, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UsageError(f"{name}: {error.strerror}", hint="name a file") from None
+
+def read_plan(world: World, *, is_to_run: bool = False) -> Plan:
+    """The plan with its errors in it; those of a plan that is to be run are raised."""
+    path: Path = world.args.plan
+    plan = parse_plan(decode_plan(contents(path), path=path), path=path)
+    for problem in plan.warnings if is_to_run else ():
+        world.reporter.progress(f"warning: {path}:{problem.line}: {problem.message}")
+    if plan.errors and is_to_run:
+        told = (f"{path}:{p.line}: {p.message}" for p in plan.errors)
+        raise UsageError("\n".join(told), hint=plan.errors[0].hint)
+    return plan
+
+def cmd_run(world: World) -> ExitCode:
+    """`run`, `resume` and `task`."""
+    args, plan = world.args, read_plan(world, is_to_run=True)
+    task = next((task for task in plan.tasks if task.id == args.id), None)
+    if args.name == "task" and not task:
+        raise UsageError(f"{plan.path} has no task {args.id!r}",
+                         hint=f"{PROGRAM} check {plan.path} lists them")
+    part = dataclasses.replace(plan, tasks=(task,), e2e=None) if task else plan
+    with world.lock(plan.milestone):
+        state = begun(world, plan)
+        if not task and exit_code(plan, state) is ExitCode.OK:
+            world.reporter.progress("the milestone is completed; --fresh starts over")
+            return ExitCode.OK
+        for step in () if task else plan.steps:
+            record = state.record(step.id)
+            if record.status is TaskStatus.FAILED and (
+                    reason := stop_reason(world.config, state, record)):
+                raise OrchestratorError(
+                    f"task {step.id} {reason}", hint="raise that limit, edit the task, "
+                    f"or {PROGRAM} task {plan.path} ID --guidance TEXT")
+        return exit_code(part, work(world, plan, state, task))
+
+def begun(world: World, plan: Plan) -> RunState:
+    """The state to go on from, with what the arguments say of it; an answer is saved,
+    so that it survives a sandbox that cannot be used."""
+    args, store, tell = world.args, world.store(plan.milestone), world.reporter
+    state = None if args.fresh else store.load()
+    if state is None and args.name == "resume":
+        raise StateError(f"no saved {store.path}", hint=f"{PROGRAM} run {plan.path}")
+    left = [step.id for step in plan.steps
+            if state and state.record(step.id).status is not TaskStatus.COMPLETED]
+    if args.fresh or (
+            args.name == "run" and left and world.terminal.is_interactive() and (
+            world.terminal.ask(f"Resume from Task {left[0]}? [Y/n] ") or "y"
+            ).strip().lower().startswith("n")):
+        state = None
+        if target := store.archive():
+            tell.progress(f"the earlier run was moved to {target}")
+    state, changes = with_plan_changes(state or RunState(
+        plan.milestone, str(plan.path), plan.sha256,
+        plan.branch or f"orchestrator/{git_name(plan.milestone)}",
+        world.config.sandbox, stamp(world.clock.now())), plan)
+    for change in changes:
+        tell.progress(f"warning: {change}")
+    if args.answer is not None:          # '' is --skip
+        task_id = next((i for i, record in state.tasks.items() if not record.answer
+                        and record.status is TaskStatus.NEEDS_HUMAN), "")
+        question = state.record(task_id).question or Question("")
+        if not task_id or not (answer := chosen_answer(args.answer, question)):
+            raise UsageError(f"task {task_id}: the agent recommended nothing" if task_id
+                             else "no question is waiting for an answer",
+                             hint=f"{PROGRAM} status {plan.path}")
+        state = store.save(state.updated(task_id, answer=answer))
+    return state
+
+def work(world: World, plan: Plan, state: RunState, task: Task | None) -> RunState:
+    """Wire the adapters, run, leave nothing behind however it ends, and sum up."""
+    reporter, config, sandbox = world.reporter, world.config, world.sandbox(state)
+    if marked := [t.id for t in plan.tasks
+                  if t.mark and not state.record(t.id).started]:
+        reporter.progress(f"warning: marked in the plan, but run: {', '.join(marked)}")
+    if isinstance(sandbox, LocalSandbox):
+        argv = local_command(shlex.split(config.claude))
+        config = dataclasses.replace(config, claude=shlex.join(argv))
+    agent = ClaudeAgent(sandbox, world.processes, config, on_tool=reporter.tool,
+                        on_silence=reporter.silence)
+    telemetry = Telemetry(world.environ, reporter.progress)
+    runner = MilestoneRunner(Crew(
+        agent, sandbox, world.store(plan.milestone),
+        Ledger(config.state_dir / "ledger.jsonl"), EscalationDesk(
+            world.terminal, reporter), reporter, telemetry, world.clock, config), plan)
+    # a local sandbox belongs to its milestone: this lock is then a formality
+    name = git_name(getattr(sandbox, "project", plan.milestone))
+    with world.lock(f"@{name}", "sandbox"), contextlib.closing(telemetry), \
+            contextlib.closing(sandbox), \
+            telemetry.span("milestone", milestone=plan.milestone):
+        state = (runner.run_one(state, task, world.args.guidance) if task
+                 else runner.run(state))
+    report = status_json(state, plan, False)
+    after = {"completed": "fetch {}", "needs_human": "resume {} --answer TEXT"}
+    reporter.answer(f"{status_text(report)}\nnext: {PROGRAM} " + after.get(
+        report["status"], "logs {}").format(plan.path))
+    return state
+
+def cmd_check(world: World) -> ExitCode:
+    """read the plan, or probe the tools; change nothing"""
+    if world.args.plan:
+        plan = read_plan(world)
+        report = plan_report(plan)
+        columns = ("id", "line", "criteria", "gates", "mark", "title")
+        tasks = [{k: len(task[k]) if isinstance(task[k], list) else task[k]
+                  for k in columns} for task in report["tasks"]]
+        world.show(report, shown({**report, "tasks": tasks}))
+        return ExitCode.USAGE if plan.errors else ExitCode.OK
+    sandbox, claude = world.sandbox(), shlex.split(world.config.claude)
+    commands: dict[str, Sequence[str]] = {"git": ("git", "--version")}
+    if isinstance(sandbox, LocalSandbox):
+        commands["claude"] = (*local_command(claude), "--version")
+    else:
+        inside = sandbox.argv("exec", "-T", "sandbox")
+        commands |= {"engine": ("docker", "version", "--format", "{{.Server.Version}}"),
+                     "claude in the sandbox": (*inside, *claude, "--version"),
+                     "repository in the sandbox": (*inside, "git", "log", "-1")}
+    probes = []
+    for name, argv in commands.items():      # env says which program is missing
+        done = world.processes.run(Command(argv=("/usr/bin/env", *argv)),
+                                   timeout_s=PROBE_TIMEOUT_S)
+        probes.append({"name": name, "ok": done.exit_code == 0,
+                       "told": (done.output or done.ended).splitlines()[-1]})
+    settings = [{"name": name, "value": str(v) if isinstance(v, Path) else v,
+                 "source": world.sources[name]}
+                for name, v in dataclasses.asdict(world.config).items()]
+    endpoint = world.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "off")
+    world.show({"probes": probes, "settings": settings, "telemetry": endpoint})
+    return ExitCode.OK if all(p["ok"] for p in probes) else ExitCode.SANDBOX
+
+def cmd_status(world: World) -> None:
+    """where a milestone stands, or every one"""
+    plan = read_plan(world) if world.args.plan else None
+    files, found = world.config.state_dir.glob("*_state.json"), []
+    names = (path.name.removesuffix("_state.json") for path in sorted(files))
+    for name in [plan.milestone] if plan else names:
+        if (state := world.store(name).load()) is None:
+            raise StateError(f"no saved state of milestone {name}",
+                             hint=f"{PROGRAM} run {world.args.plan or 'PLAN'}")
+        found.append(status_json(state, plan, bool(world.lock(name).owner())))
+    world.show(found[0] if plan else found,
+               "\n\n".join(map(status_text, found)) or "no milestones yet")
+
+def cmd_costs(world: World) -> None:
+    """`costs` and `history`: the ledger's calls and money, summed up by key."""
+    args, by = world.args, world.args.by
+    since = str(args.since.date()) if args.since else ""
+    rows: dict[str, dict[str, Any]] = {}
+    for entry in Ledger(world.config.state_dir / "ledger.jsonl").entries():
+        milestone, task, run, at = (
+            str(entry.get(key)) for key in ("milestone", "task", "run", "at"))
+        key = {"milestone": milestone, "task": f"{milestone} {task}", "day": at[:10],
+               "run": f"{milestone} {run}"}.get(by, "unknown")
+        parts = by == "model" and _object(entry.get("models")) or {key: entry}
+        for name, part in parts.items() if at >= since else ():
+            row = rows.setdefault(name, {by: name, "calls": 0, "cost_usd": 0.0})
+            row["cost_usd"] += _number(_object(part).get("cost_usd"))
+            row["calls"] += entry.get("kind") != "gate"
+            if by == "run":
+                row |= {"milestone": milestone, "started_at": run, "last_call_at": at,
+                        "last_task": task, "last_status": entry.get("status")}
+    for row in rows.values():
+        row["cost_usd"] = round(row["cost_usd"], 6)
+    total_usd = round(sum(row["cost_usd"] for row in rows.values()), 6)
+    world.show([*rows.values()] if by == "run" else {
+        "total_usd": total_usd, f"by_{by}": [*rows.values()]},
+        f"{total_usd:.2f}" if args.total else "")
+
+def followed(world: World, file: BinaryIO, lock: RunLock) -> Iterator[bytes]:
+    yield from file
+    while lock.owner():
+        world.clock.sleep(0.2)
+        yield from file
+
+def cmd_logs(world: World) -> None:
+    """what the agent said, did and saw in the latest attempt"""
+    plan, task_id = read_plan(world), world.args.id
+    store = world.store(plan.milestone)
+    name = re.escape(store.transcript(task_id, 0).stem[:-1]) if task_id else ".+-"
+    found = [path for path in store.folder.glob("*.ndjson")
+             if re.fullmatch(rf"{name}\d+(\.\d+)?", path.stem)]
+    if not found:
+        raise UsageError(f"no transcript of {task_id or 'a task'} in {store.folder}",
+                         hint=f"{PROGRAM} status {plan.path}")
+    latest = max(found, key=lambda path: path.stat().st_mtime_ns)
+    with latest.open("rb") as file:
+        lines = followed(world, file, world.lock(plan.milestone)) \
+            if world.args.follow else file
+        texts = readable_events(lines) if not world.args.json else (
+            line.decode("utf-8", "replace").rstrip("\n") for line in lines)
+        for text in texts:
+            world.reporter.answer(text)
+
+def cmd_explain(world: World) -> None:
+    """the verdict on one recorded stream, and why"""
+    result = read_transcript(world.args.file, [contents(world.args.file)])
+    verdict, problem = judge(result), outage(result)
+    same = "session_id turns ended exit_code duration_s events bad_lines".split()
+    world.show({
+        "status": "outage" if problem else verdict.status, "rule": verdict.rule,
+        "evidence": shortened(verdict.evidence),
+        "question": verdict.question and dataclasses.asdict(verdict.question),
+        "outage": problem and dataclasses.asdict(problem),
+        "cost_usd": round(result.usage.cost_usd, 6), "tokens": result.usage.tokens,
+        "models": {name: round(u.cost_usd, 6) for name, u in result.models.items()},
+        **{name: getattr(result, name) for name in same}, "stderr": result.stderr_tail})
+
+def cmd_fetch(world: World) -> None:
+    """bring the milestone's branch out of the sandbox"""
+    plan, git = read_plan(world), ("git", "-C", world.config.repo)
+    state = world.store(plan.milestone).load()
+    if state is None or state.head == state.base:
+        raise StateError(f"milestone {plan.milestone} has no work to fetch",
+                         hint=f"{PROGRAM} run {plan.path}")
+    target = f"orchestrator/{git_name(plan.milestone)}"
+    known = world.processes.run(Command(argv=(*git, "cat-file", "-e", state.base)))
+    with tempfile.NamedTemporaryFile(suffix=".bundle") as file:
+        file.write(world.sandbox(state).bundle(
+            state.branch, "" if known.exit_code else state.base))
+        file.flush()
+        done = world.processes.run(Command(argv=(
+            *git, "fetch", "-q", "--no-tags", "--no-write-fetch-head", file.name,
+            f"+refs/heads/{state.branch}:refs/heads/{target}")))
+    if done.exit_code != 0:
+        raise UsageError(f"git fetch: {shortened(done.output)}", hint="--repo names a "
+                         "repository that has not checked the branch out")
+    world.reporter.answer(f"branch {target} is at {state.head[:10]}")
+
+def cmd_sandbox(world: World) -> ExitCode:
+    """the docker sandbox: init builds, starts, clones; reset makes /workspace as after
+    init; shell and claude are for you; down keeps the volumes"""
+    config, action = world.config, world.args.action
+    docker = DockerSandbox(world.processes, environ=world.environ,
+                           compose_files=config.compose_files)
+    if action in ("shell", "claude"):
+        docker.compose("ps", "-q")       # says what is wrong, if docker is unusable
+        program = ["bash"] if action == "shell" else shlex.split(config.claude)
+        inside = ("exec", *docker.secrets, "sandbox", *program, *world.args.rest)
+        os.execvp("docker", docker.argv(*inside))
+    if action == "status":
+        up = docker.compose("ps", "-q", "--status", "running", "sandbox").stdout.strip()
+        head = docker.sh("git log -1 --format='%h %s'").output if up else ""
+        world.show({"running": bool(up), "workspace": head, "project": docker.project})
+        return ExitCode.OK if up else ExitCode.SANDBOX
+    with world.lock(f"@{git_name(docker.project)}", "sandbox"):
+        if action == "init":
+            world.reporter.answer(sandbox_init(world, docker))
+        elif action == "reset":
+            started, commit = world.clock.monotonic(), docker.reset()
+            world.show({"commit": commit, "cleared": ["/workspace", "/env/logs"],
+                        "kept": ["/env/models", "/env/strategies", "/shared/data"],
+                        "duration_s": round(world.clock.monotonic() - started, 3)})
+        else:
+            docker.compose(*(("down",) if action == "down" else _UP))
+            world.reporter.progress(f"sandbox {action}: done")
+    return ExitCode.OK
+
+def sandbox_init(world: World, docker: DockerSandbox) -> str:
+    """Build, start, clone, verify; harmless to repeat. Returns what is ready."""
+    repo = world.config.repo
+    world.reporter.progress(f"building the image, starting it, cloning {repo}")
+    docker.compose("build", timeout_s=SLOW_TIMEOUT_S)
+    docker.compose(*_UP)
+    if "://" in repo or re.match(r"[\w.-]+@[\w.-]+:", repo):
+        cloned = docker.clone(repo)
+    else:
+        cloned = docker.clone("", world.processes.run(Command(argv=(
+            "git", "-C", repo, "bundle", "create", "-q", "-", "HEAD", "--branches",
+            "--tags")), timeout_s=SLOW_TIMEOUT_S, max_bytes=sys.maxsize).checked(
+            f"no bundle of {repo}", hint="--repo names one with a commit").stdout)
+    version = docker.sh(f"{world.config.claude} --version").checked(
+        "the agent does not start", hint=f"{PROGRAM} sandbox shell").output
+    return f"sandbox ready: /workspace {cloned}, {version}"
+
+def local_command(argv: Iterable[str]) -> list[str]:
+    """Paths in a command made absolute, because the agent starts in its workspace."""
+    return [os.path.abspath(part) if "/" in part and os.path.exists(part) else part
+            for part in argv]
+
+_EPILOG = """\
+examples:
+  %(prog)s check plan.md
+  %(prog)s run plan.md --max-cost-usd 20
+  %(prog)s resume plan.md --answer "use SQLite"
+exit status:
+  0 done  1 failed  2 usage, plan, settings, state  3 a person is needed
+  4 already running  5 sandbox unusable  70 bug  75 try later  130/143 interrupted"""
+_ON = {"action": "store_true"}
+_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "plan": {"metavar": "PLAN", "type": Path}, "id": {"metavar": "ID"},
+    "file": {"metavar": "FILE", "type": Path, "help": "a stream; - for standard input"},
+    "rest": {"nargs": "*", "help": "arguments for it, after --"},
+    "--json": {**_ON, "help": "for machines"}, "--total": {**_ON, "help": "one number"},
+    "--fresh": {**_ON, "help": "archive what an earlier run left and start over"},
+    "--answer": {"dest": "answer", "metavar": "TEXT", "help": "to the parked question"},
+    "--answer-file": {"dest": "answer", "metavar": "FILE",
+                      "type": lambda name: contents(name).decode(errors="replace")},
+    "--skip": {"dest": "answer", "action": "store_const", "const": "",
+               "help": "take the agent's recommendation"},
+    "--guidance": {"metavar": "TEXT", "default": "", "help": "said to the agent"},
+    "--by": {"choices": ("milestone", "task", "model", "day"), "default": "milestone"},
+    "--since": {"metavar": "2026-01-31", "type": datetime.fromisoformat},
+    "--follow": {**_ON, "help": "while it is written"}}
+_CLI: tuple[tuple[str, Callable[[World], ExitCode | None], str, str], ...] = (
+    ("run", cmd_run, "start a milestone, or go on", "plan --fresh"),
+    ("resume", cmd_run, "go on, perhaps with an answer to the parked question",
+     "plan --answer --answer-file --skip"),
+    ("task", cmd_run, "run one task", "plan id --guidance"),
+    ("check", cmd_check, "", "plan? --json"),
+    ("status", cmd_status, "", "plan? --json"),
+    ("history", cmd_costs, "past runs, oldest first", "--json"),
+    ("costs", cmd_costs, "what was spent", "--json --by --since --total"),
+    ("logs", cmd_logs, "", "plan id? --json --follow"),
+    ("explain", cmd_explain, "", "file --json"),
+    ("fetch", cmd_fetch, "", "plan"),
+    *((f"sandbox {action}", cmd_sandbox, "", arguments) for action, arguments in (
+        ("init", ""), ("up", ""), ("reset", "--json"), ("shell", "rest"),
+        ("claude", "rest"), ("status", "--json"), ("down", ""))))
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"{self.prog} --help")
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with every flag."""
+    settings = _Parser(add_help=False)
+    group = settings.add_argument_group("settings (flag, ORCHESTRATOR_*, ini file)")
+    group.add_argument("--config", metavar="FILE",
+                       help="ini file (default: orchestrator.ini beside the state)")
+    for s in SETTINGS:
+        default = shown(getattr(Config(), s.name)).replace(", ", "/") or "none"
+        group.add_argument(setting_flag(s.name), dest=s.name,
+                           metavar="|".join(s.metadata["choices"]) or "VALUE",
+                           help=f"{s.metadata['help']} (default: {default})")
+    parser = _Parser(prog=PROGRAM, description="Run a milestone plan with Claude Code.",
+                     formatter_class=argparse.RawTextHelpFormatter, epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.set_defaults(answer=None, fresh=False, json=False, total=False,
+                        by="run", since=None, id=None)
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
+    sandbox = commands.add_parser("sandbox", help=cmd_sandbox.__doc__)
+    actions = sandbox.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, act, told, arguments in _CLI:
+        told = told or act.__doc__ or ""
+        sub = (actions if " " in name else commands).add_parser(
+            name.rpartition(" ")[2], parents=[settings], help=told, description=told)
+        sub.set_defaults(act=act)
+        answers = sub.add_mutually_exclusive_group() if name == "resume" else sub
+        for argument in arguments.split():      # with a "?" it may be left out
+            options = dict(_ARGUMENTS[argument.rstrip("?")])
+            options |= {"nargs": "?"} if argument.endswith("?") else {}
+            into = answers if options.get("dest") == "answer" else sub
+            into.add_argument(argument.rstrip("?"), **options)
+    return parser
+
+def read_settings(args: argparse.Namespace, environ: Mapping[str, str],
+                  ) -> tuple[Config, dict[str, str]]:
+    """The settings from flags, environment and ini file. Raises UsageError."""
+    state_dir = args.state_dir or environ.get("ORCHESTRATOR_STATE_DIR") or "state"
+    path = Path(args.config or Path(state_dir).parent / "orchestrator.ini")
+    ini = configparser.ConfigParser(interpolation=None, default_section="orchestrator")
+    source, flags = str(path), {s.name: getattr(args, s.name) for s in SETTINGS}
+    try:
+        if args.config or path.exists():
+            ini.read_string(contents(path).decode(), source=source)
+        if others := ini.sections():
+            raise ValueError(f"unknown section [{', '.join(others)}]")
+        resolved = resolve_config(flags, environ, ini.defaults(), file_name=source)
+        source = f"--claude {resolved[0].claude!r}"
+        shlex.split(resolved[0].claude)
+        return resolved
+    except (ValueError, configparser.Error) as error:
+        raise UsageError(f"{source}: {error}", hint="settings stand in a file under "
+                         "[orchestrator]; commands are quoted as in a shell") from None
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Turn every ending into an exit status; only --help and --version exit."""
+    clock = Clock()
+    reporter = Reporter(sys.stdout, sys.stderr, clock, environ=os.environ)
+    try:
+        install_signal_handlers()
+        args = build_parser().parse_args(argv)
+        return int(args.act(World(
+            args, *read_settings(args, os.environ), os.environ, clock, Processes(clock),
+            Terminal(sys.stdin, sys.stderr), reporter)) or ExitCode.OK)
+    except OrchestratorError as error:
+        reporter.error(error)
+        return error.exit_code
+    except BrokenPipeError:      # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK
+    except Exception:            # the boundary: shown in full, never hidden
+        reporter.error(OrchestratorError(
+            f"{traceback.format_exc()}This is a bug; the state is as it was last saved",
+            hint="start again; report the lines above if it happens again"))
+        return ExitCode.INTERNAL
+
+if __name__ == "__main__":
+    raise SystemExit(main())
