@@ -43,7 +43,6 @@ import fcntl
 import hashlib
 import itertools
 import json
-import logging
 import os
 import re
 import selectors
@@ -51,7 +50,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -1416,20 +1414,18 @@ for f in .git/*.lock ".git/refs/heads/${1-}.lock"; do [ ! -e "$f" ] || rm -f "$f
 _TREE = _GIT + """
 $git add -A || { rm -f .git/index; $git add -A --ignore-errors || :; }
 tree=$($git write-tree)
-told='log -1 --no-show-signature --format=%H%x20%T'
-set -- "$@" $($git $told || $git $told "$2")     # HEAD may have lost its commit
 """
 # $2 base, $3 ref, $4 message. What the agent committed stays, if it is on the base.
 _CHECKPOINT = _TREE + """
-commit=$5
-[ "$5" = "$2" ] || $git merge-base --is-ancestor "$2" "$5" || commit=$2
-if [ "$tree" != "$6" ] || [ "$commit" != "$5" ]; then
-    commit=$($git commit-tree "$tree" -p "$commit" -m "$4")
-fi
+read -r on <.git/HEAD; at=
+[ "$on" != "ref: refs/heads/$1" ] || read -r at <".git/refs/heads/$1" || at=
+commit=$2
+[ "$at" = "$2" ] || ! $git merge-base --is-ancestor "$2" @ || commit=$($git rev-parse @)
+[ "$commit" != "$2" ] && [ "$tree" = "$($git rev-parse "$commit^{tree}")" ] ||
+commit=$($git commit-tree "$tree" -p "$commit" -m "$4")
 printf 'update %s %s\\n' "refs/heads/$1" "$commit" "$3" "$commit" |
 $git update-ref --stdin
-read -r head <.git/HEAD
-[ "$head" = "ref: refs/heads/$1" ] || $git symbolic-ref HEAD "refs/heads/$1"
+[ "$at" ] || $git symbolic-ref HEAD "refs/heads/$1"
 echo "$commit"
 """
 _SWITCH = """
@@ -1440,9 +1436,10 @@ $git rev-parse HEAD
 """
 # $2 base, $3 ref for the work that is taken back, $4 message
 _ROLLBACK = _TREE + """
-if [ "$5" != "$2" ] || [ "$tree" != "$6" ]; then
-    $git update-ref "$3" "$($git commit-tree "$tree" -p "$5" -m "$4")"
-fi
+told='log -1 --no-show-signature --format=%H%x20%T'
+set -- "$@" $($git $told || $git $told "$2")     # HEAD may have lost its commit
+[ "$5 $tree" = "$2 $6" ] ||
+$git update-ref "$3" "$($git commit-tree "$tree" -p "$5" -m "$4")"
 """ + _SWITCH
 # $2 base ('' = as it stands), $3 ref for a branch that is in the way
 _NEW_BRANCH = _GIT + """
@@ -1983,11 +1980,13 @@ class Telemetry:
             self._complaint = f"{type(error).__name__}: {error}"
 
     def _start(self) -> None:
+        import logging
+
         from opentelemetry.exporter.otlp.proto.http import trace_exporter
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider, export
 
-        def hear(record: logging.LogRecord) -> bool:     # in place of tracebacks
+        def hear(record: Any) -> bool:     # in place of tracebacks
             self._complaint = self._complaint or record.getMessage()
             return False
         (listener := logging.Handler()).addFilter(hear)
@@ -2815,13 +2814,13 @@ def cmd_fetch(world: World) -> None:
                          hint=f"{PROGRAM} run {plan.path}")
     target = f"orchestrator/{git_name(plan.milestone)}"
     known = world.processes.run(Command(argv=(*git, "cat-file", "-e", state.base)))
-    with tempfile.NamedTemporaryFile(suffix=".bundle") as file:
-        file.write(world.sandbox(state).bundle(
-            state.branch, "" if known.exit_code else state.base))
-        file.flush()
-        done = world.processes.run(Command(argv=(
-            *git, "fetch", "-q", "--no-tags", "--no-write-fetch-head", file.name,
-            f"+refs/heads/{state.branch}:refs/heads/{target}")))
+    bundle = world.store(plan.milestone).folder.absolute() / "fetch.bundle"
+    write_atomically(bundle, world.sandbox(state).bundle(
+        state.branch, "" if known.exit_code else state.base))
+    done = world.processes.run(Command(argv=(
+        *git, "fetch", "-q", "--no-tags", "--no-write-fetch-head", str(bundle),
+        f"+refs/heads/{state.branch}:refs/heads/{target}")))
+    bundle.unlink()
     if done.exit_code != 0:
         raise UsageError(f"git fetch: {shortened(done.output)}", hint="--repo names a "
                          "repository that has not checked the branch out")

@@ -28,7 +28,9 @@ if way == "json.loads on every line":
             json.loads(line)
             events += 1
 elif way == "decoder alone":
-    events = ko.read_transcript(source, ko.file_chunks(source)).events
+    with source.open("rb") as file:
+        chunks = iter(lambda: file.read(1 << 20), b"")
+        events = ko.read_transcript(source, chunks).events
 else:
     transcript = ko.Transcript(target, lambda tool: None, lambda idle_s: None)
     done = ko.Processes(ko.Clock()).stream(
