@@ -2856,11 +2856,11 @@ def cmd_sandbox(world: World) -> ExitCode:
     return ExitCode.OK
 
 def sandbox_init(world: World, docker: DockerSandbox) -> str:
-    """Build, start, clone, verify; harmless to repeat. Returns what is ready."""
-    repo = world.config.repo
-    world.reporter.progress(f"building the image, starting it, cloning {repo}")
-    docker.compose("build", timeout_s=SLOW_TIMEOUT_S)
-    docker.compose(*_UP)
+    """Build if there is no image, start, clone, verify; harmless to repeat."""
+    repo, tell = world.config.repo, world.reporter.progress
+    tell("starting the container, after building its image if there is none")
+    docker.compose("up", "-d", timeout_s=SLOW_TIMEOUT_S)
+    tell(f"cloning {repo}")
     if "://" in repo or re.match(r"[\w.-]+@[\w.-]+:", repo):
         cloned = docker.clone(repo)
     else:

@@ -187,6 +187,7 @@ def test_what_no_cli_should_print_is_survived_and_kept(
         assert transcript.stat().st_size >= 50_000_000
 
 
+@pytest.mark.slow
 def test_a_hang_after_the_result_costs_only_the_grace(program: Program) -> None:
     program.scenarios({"hello_world/1.1": {"attempts": [[*DONE, {"hang": True}]]}})
     begun = time.monotonic()
@@ -255,6 +256,7 @@ def test_a_killed_run_takes_its_agent_along(program: Program) -> None:
     assert is_gone(program)
 
 
+@pytest.mark.slow
 def test_fifty_simultaneous_starts_are_one_run(program: Program) -> None:
     program.scenarios({"hello_world/1.1": {"attempts": [[{"sleep": 12}, *DONE]]}})
     crowd = [program.start("run", HELLO, *LOCAL) for _ in range(50)]
@@ -286,7 +288,7 @@ def kill_and_resume(program: Program, after_s: float) -> None:
 
 
 def test_a_run_killed_at_any_instant_is_finished_by_the_next(tmp_path: Path) -> None:
-    kill_at_random_instants(tmp_path, 8)
+    kill_at_random_instants(tmp_path, 4)
 
 
 @pytest.mark.slow
