@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import RECORDINGS, ROOT, TEST_PLANS
+from program import LOCAL, Program
 
 import ktrdr_orchestrator as ko
 
@@ -103,3 +106,43 @@ def test_the_first_commands_are_the_ones_that_are_tried_in_a_clean_clone() -> No
     assert "run test_plans/health_check.md" in blocks[0]
     assert "python -m pytest" in blocks[1]
     assert "python -m pytest" in Path(ROOT / ".ci/run").read_text(encoding="utf-8")
+
+
+def names_in(shape: str) -> tuple[set[str], set[str]]:
+    """The names in a shape of the README: of the outermost object, and all of them."""
+    outer, every, depth = set(), set(), 0
+    for token in re.findall(r'[{}\[\]]|"\w+"', shape):
+        if token in "{}[]":
+            depth += {"{": 1, "}": -1}.get(token, 0)
+        else:
+            every.add(token.strip('"'))
+            outer |= {token.strip('"')} if depth == 1 else set()
+    return outer, every
+
+
+def keys_in(value: Any) -> set[str]:
+    if isinstance(value, list):
+        return set().union(*map(keys_in, value))
+    if not isinstance(value, dict):
+        return set()
+    parts = (keys_in(part) for key, part in value.items() if key not in DYNAMIC)
+    return set(value).union(*parts)
+
+
+DYNAMIC = {"models", "tokens"}       # keyed by what there is to count
+
+
+@pytest.mark.contract
+def test_what_json_prints_has_the_shape_that_the_readme_tells(repository: Path) -> None:
+    program, plan = Program(repository), TEST_PLANS / "e2e_will_pass.md"
+    assert program.run("run", plan, *LOCAL).returncode == 0
+    shapes = dict(re.findall(r"^\| `([a-z ]+[A-Z]*)` \| `(.+)` \|$",
+                             section("`--json`").replace("\\|", "|"), re.MULTILINE))
+    stream = RECORDINGS / "limit_5h_oauth.ndjson"
+    for command, args in {"check PLAN": ("check", plan), "check": ("check", *LOCAL),
+                          "status PLAN": ("status", plan), "history": ("history",),
+                          "costs": ("costs",), "explain": ("explain", stream)}.items():
+        printed = json.loads(program.run(*args, "--json").stdout)
+        outer, every = names_in(shapes[command])
+        assert set(printed[0] if isinstance(printed, list) else printed) == outer
+        assert keys_in(printed) <= every, command
