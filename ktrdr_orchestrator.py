@@ -5,7 +5,7 @@
     status, history, costs, logs   look; fetch             bring the work home
     sandbox init|up|reset|shell|claude|status|down         the docker sandbox's life
 
-What it promises (each is proved by tests named after it)
+What it promises, and tests/ proves
     1. A task is recorded as completed only after its attempt, its verdict and its
        checkpoint were saved.
     2. Killing this program at any instant loses at most the attempt in flight, and
@@ -1342,7 +1342,8 @@ class Processes:
             child = _Child(command, listener, self._clock)
         except OSError as error:
             raise SandboxError(f"cannot start {command.argv[0]!r}: {error.strerror}",
-                               hint=f"is it on PATH? command: {command}") from None
+                               hint=f"is it on PATH? {shortened(str(command), 160)}"
+                               ) from None
         ended, interrupted = Ended.STOPPED, None
         with contextlib.closing(child):
             try:
@@ -2585,7 +2586,7 @@ class World:
 def shown(value: Any) -> str:
     """A JSON value for a person: an object as lines, a list of objects as a table."""
     if isinstance(value, dict):
-        told = [(k, shown(v)) for k, v in value.items() if v not in (None, "", {}, [])]
+        told = [(k, shown(v)) for k, v in value.items() if v or v in (0, False)]
         return "\n".join(f"{k}:\n{v}" if "\n" in v else f"{k}: {v}" for k, v in told)
     if not isinstance(value, list | tuple):
         return f"{value:g}" if isinstance(value, float) else str(value)
