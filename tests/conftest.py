@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ CLAUDE_VERSION = "2.1.330"
 REQUIRES_ALL = os.environ.get("REQUIRE_ALL") == "1"
 OUTSIDE = {"subprocess.Popen", "os.fork", "os.posix_spawn", "os.system",
            "socket.connect", "time.sleep"}
+for _number in (signal.SIGINT, signal.SIGHUP):   # started with & or nohup, tests would
+    if signal.getsignal(_number) == signal.SIG_IGN:      # start what ignores them too
+        signal.signal(_number, signal.SIG_DFL)
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(TEST_PLANS)]
 
 _unit_test = ""
