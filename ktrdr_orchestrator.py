@@ -1431,7 +1431,7 @@ echo "$commit"
 """
 _SWITCH = """
 rm -rf .git/rebase-merge .git/rebase-apply
-$git checkout -q -f --ignore-other-worktrees -B "$1" ${2:+"$2"} --
+$git checkout -q -f --ignore-other-worktrees -B "$1" "$2" --
 $git clean -ffdq
 $git rev-parse HEAD
 """
@@ -1442,7 +1442,7 @@ set -- "$@" $($git $told || $git $told "$2")     # HEAD may have lost its commit
 [ "$5 $tree" = "$2 $6" ] ||
 $git update-ref "$3" "$($git commit-tree "$tree" -p "$5" -m "$4")"
 """ + _SWITCH
-# $2 base ('' = as it stands), $3 ref for a branch that is in the way
+# $2 base, as the host or the clone names it, $3 ref for a branch that is in the way
 _NEW_BRANCH = _GIT + """
 set -- "$1" "$($git rev-parse -q --verify "origin/$2^{commit}" || echo "$2")" "$3"
 old=$($git rev-parse -q --verify "refs/heads/$1") && $git update-ref "$3" "$old"
@@ -2086,10 +2086,10 @@ class Reporter:
     def silence(self, idle_s: float) -> None:
         """Called at least each second while an agent works."""
         now = self._clock.monotonic()
-        told = (f"  {self._task}  working for {duration_text(now - self._since)}, "
-                f"{self._tools} tool calls, silent for {duration_text(idle_s)}")
         if now - self._heard_at >= (1.0 if self._is_live else HEARTBEAT_S):
             self._heard_at = now
+            told = (f"  {self._task}  working for {duration_text(now - self._since)}, "
+                    f"{self._tools} tool calls, silent for {duration_text(idle_s)}")
             self._tell(f"{self._clock.now():{self._form}} {told}", self._is_live)
 
 def status_json(state: RunState, plan: Plan | None, is_running: bool) -> dict[str, Any]:
