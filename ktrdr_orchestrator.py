@@ -6,17 +6,16 @@
     sandbox init|up|reset|shell|claude|status|down         the docker sandbox's life
 
 What it promises, and tests/ proves
-    1. A task is recorded as completed only after its attempt, its verdict and its
-       checkpoint were saved.
+    1. A completed task's attempt, verdict and checkpoint were saved before it counts.
     2. Killing this program at any instant loses at most the attempt in flight, and
-       no limit is evaded by crashing: an attempt is counted before it starts.
+       evades no limit: an attempt is counted before it starts.
     3. Two runs of one milestone, or of one sandbox, never overlap.
-    4. Nothing that the agent wrote is executed outside the sandbox; the host
-       repository is never written, except by `fetch` into a branch of its own.
+    4. Nothing an agent wrote is executed outside the sandbox; the host repository
+       gets nothing but a branch of its own, by `fetch`.
     5. Without a terminal it never waits for a person; the exit status tells.
-    6. When a run ends, no process that it started is alive.
+    6. When a run ends, no process that it started is alive, in the sandbox either.
     7. Every limit that is announced is enforced.
-    8. No secret in argv, state or file names.
+    8. No secret in argv, state, transcripts, file names, telemetry, image or container.
     9. Telemetry that is off, dead, slow or wrong changes nothing but the telemetry.
 
 Files, under the state directory: <milestone>_state.json (StateStore), .lock (RunLock),
@@ -38,14 +37,14 @@ import contextlib
 import dataclasses
 import difflib
 import enum
-import errno
 import fcntl
 import hashlib
 import itertools
 import json
 import os
+import queue
 import re
-import selectors
+import select
 import shlex
 import signal
 import subprocess
@@ -56,24 +55,27 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TextIO
+from typing import IO, Any, BinaryIO, NoReturn, TextIO
 
 __version__ = "0.1.0"
 PROGRAM = "ktrdr-orchestrator"
 
 # ==== 1. Constants, exit codes, errors ========================= [vocabulary]
-
 STATE_VERSION = 1                # raised on every incompatible change of the state file
 KILL_GRACE_S = 3.0               # SIGINT -> SIGKILL; the CLI answers SIGINT in 0.35 s
 RESULT_GRACE_S = 10.0            # `result` event -> end; seen to hang for over 60 s
 DRAIN_GRACE_S = 0.5              # exit of the process -> its pipes are given up
-START_TIMEOUT_S = 120.0          # until the first byte; a cold start takes 0.7 s
 HEARTBEAT_S = 30.0               # a silent agent is mentioned this often
 MAX_LINE_BYTES = 2 << 20         # a longer event goes to the transcript undecoded
 STDERR_TAIL_BYTES = 4096         # what of stderr a person gets to see
 EVIDENCE_CHARS = 500             # of an error or a message in state, ledger, prompts
+STEP_TIMEOUT_S = 5.0             # a short command in a container; it takes 0.12 s
+REVIVAL_DELAYS_S = (0, 2, 10, 30)  # before each try to bring a dead sandbox back
+MAX_LOSSES = 3                   # of the sandbox in a row, until it counts as unusable
+MIN_SECRET_CHARS = 8             # a shorter value is no key, and would redact too much
+KEYS = ("ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN")    # kept from environments
 COMMAND_TIMEOUT_S = 120.0        # git, docker: anything that is not the agent
 PROBE_TIMEOUT_S = 20.0           # one probe of `check`
 SLOW_TIMEOUT_S = 3600.0          # the sandbox image, a large repository
@@ -83,6 +85,7 @@ LIMIT_MARGIN_S = 60.0            # after a usage limit's reset, before the next 
 MAX_QUESTIONS = 5                # per task
 PIPE_BYTES = 1 << 20             # of a pipe to an agent; Linux's unprivileged maximum
 PR_SET_CHILD_SUBREAPER = 36      # linux/prctl.h
+BUNDLED = "refs/orchestrator/bundled"  # what a bundle for `fetch` holds
 MARK = "KTRDR_SANDBOX"           # environment variable that proves whose a process is
 PASSED_BY_HAND = "passed, I checked"   # a person's word that decides an E2E scenario
 MISSING_SESSION = "missing_session"    # the rule that a new session cures
@@ -108,8 +111,7 @@ class OrchestratorError(Exception):
         self.hint = hint
 
 class UsageError(OrchestratorError):
-    """The command line, a setting (the message names its source) or the plan (the
-    message starts with path:line) cannot be carried out as written."""
+    """Arguments, a setting or the plan cannot be carried out as written."""
     exit_code = ExitCode.USAGE
 
 class StateError(OrchestratorError):
@@ -123,6 +125,9 @@ class LockHeldError(OrchestratorError):
 class SandboxError(OrchestratorError):
     """The sandbox did not do what it was asked to."""
     exit_code = ExitCode.SANDBOX
+
+class SandboxLostError(SandboxError):
+    """It went away, but is back, empty of processes: what ran is to be done again."""
 
 class NeedsPersonError(OrchestratorError):
     """Nothing but a person can make the API answer: login, credit, model."""
@@ -141,7 +146,6 @@ class Interrupted(OrchestratorError):
         self.exit_code = ExitCode.INTERRUPTED if self.by_hand else ExitCode.TERMINATED
 
 # ==== 2. Settings ============================================== [vocabulary]
-
 def _setting(default: Any, help: str, minimum: float = 0, maximum: float = 1e9,
              choices: tuple[str, ...] = ()) -> Any:
     """A field of Config; more seconds than 1e9 would overflow a timestamp."""
@@ -156,6 +160,8 @@ class Config:
     compose_files: str = _setting("sandbox/docker-compose.yml",
                                   "the sandbox's compose files, separated by ':'")
     repo: str = _setting(".", "repository to work on: a folder, or a URL (docker)")
+    key_by: str = _setting("descriptor", "how the agent gets its API key (docker)",
+                           choices=("descriptor", "environment", "gateway"))
     base: str = _setting("HEAD", "the commit a new milestone starts from")
     claude: str = _setting("claude", "the Claude Code command, as the sandbox finds it")
     model: str = _setting("", "model for the agent; empty: the CLI's own default")
@@ -208,10 +214,10 @@ def resolve_config(
     ours = {k: v for k, v in environ.items() if k.startswith("ORCHESTRATOR_")}
     variables = {f"ORCHESTRATOR_{key.upper()}": name for key, name in keys.items()}
     config, sources = Config(), {s.name: "default" for s in SETTINGS}
+    by_flag = {setting_flag(name): text for name, text in flags.items()}
     for where, written, known in (           # the last word wins
             (f"{file_name} ", file, keys), ("environment ", ours, variables),
-            ("", {setting_flag(name): text for name, text in flags.items()},
-             {setting_flag(s.name): s.name for s in SETTINGS})):
+            ("", by_flag, {setting_flag(s.name): s.name for s in SETTINGS})):
         for name, text in written.items():
             if name not in known:
                 raise UsageError(f"{where}{name}: unknown setting",
@@ -223,7 +229,6 @@ def resolve_config(
     return config, sources
 
 # ==== 3. Data model ============================================ [vocabulary]
-
 E2E_ID = "e2e"                   # of the scenario, which stands among the tasks
 
 class Mark(enum.StrEnum):
@@ -260,8 +265,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A parsed plan. With `errors` it must not be run; `context` is the prose before
-    the first task and E2E section."""
+    """A parsed plan; with `errors` it must not be run. `context` precedes the tasks."""
     path: Path
     milestone: str
     title: str
@@ -279,12 +283,10 @@ class Plan:
         return (*self.tasks, self.e2e) if self.e2e else self.tasks
 
 class Ended(enum.StrEnum):
-    """Why we stopped reading an agent."""
-    EXIT = "exit"                # the process ended by itself
-    GRACE = "grace"              # hung after its result event; the result counts
-    TIMEOUT, IDLE, NO_START = "timeout", "idle", "no_start"
-    STOPPED = "stopped"          # by us: signal, loop
-    LOST = "lost"                # the transcript ends without saying
+    """Why we stopped reading an agent. `exit`: it ended by itself; `grace`: hung after
+    its result event, which counts; `stopped`: by a signal to us; `lost`: never told."""
+    EXIT, GRACE, STOPPED, LOST = "exit", "grace", "stopped", "lost"
+    TIMEOUT, IDLE = "timeout", "idle"
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -298,7 +300,6 @@ class Usage:
     def __add__(self, other: Usage) -> Usage:
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Usage(*map(sum, pairs))
-
     @property
     def tokens(self) -> dict[str, int]:
         """By kind, as the ledger, `explain` and the metrics name them."""
@@ -348,9 +349,8 @@ class Verdict:
     question: Question | None = None
 
 class OutageKind(enum.StrEnum):
-    RETRY = "retry"              # waiting cures it
-    LIMIT = "limit"              # waiting until the reset cures it
-    PERSON = "person"            # no waiting cures it: login, credit, model
+    """What cures it: waiting, the limit's reset, a person (login, credit, model)."""
+    RETRY, LIMIT, PERSON = "retry", "limit", "person"
 
 @dataclass(frozen=True, slots=True)
 class Outage:
@@ -395,11 +395,6 @@ class TaskRecord:
     base: str = ""
     checkpoint: str = ""
 
-    @property
-    def has_verdict(self) -> bool:
-        """The last attempt that was counted was also judged and saved."""
-        return bool(self.attempts) and self.attempts[-1].number == self.started
-
 @dataclass(frozen=True, slots=True)
 class Wait:
     """What a run waits for: `until` is RFC 3339, UTC."""
@@ -424,20 +419,20 @@ class RunState:
 
     def record(self, task_id: str) -> TaskRecord:
         return self.tasks.get(task_id, TaskRecord())
-
     def updated(self, task_id: str, **changes: Any) -> RunState:
         """This state with some fields of one task record replaced."""
         new = dataclasses.replace(self.record(task_id), **changes)
         return dataclasses.replace(self, tasks={**self.tasks, task_id: new})
 
 # ==== 4. Plan parser ================================================= [pure]
-# The format for people: docs/plan-format.md. Lines are 0-based up to Task and Problem.
+# The format for people: docs/plan-format.md. Only Task and Problem count from line 1.
 
 CONTEXT_CHARS = 8000             # of the prose before the first task, of an item
 _HEAD_CHARS = 500                # of a line are matched; keeps every expression linear
 _RULE = " \t-*_"                 # a line of these alone is a rule or blank
-_FRONT_MATTER = re.compile(r"---[ \t]*\n(?=[\w-]+:)(?:(?!##).*\n)*?---[ \t]*\n")
-_MILESTONE = re.compile(r"^milestone:[ \t]*([^#\n]*)", re.MULTILINE)
+_FRONT_MATTER = re.compile(      # each line can be matched in one way only: linear
+    r"---[ \t]*\n(?=[\w-]+:)(?:milestone:([^#\n]*+).*\n|(?!##|milestone:).*\n)*?"
+    r"---[ \t]*\n")
 _UNSAFE = re.compile(r"(?:[^\w./+#-]+\.*|\.\.+|/[/.]+)+", re.ASCII)   # in a name
 # Atomic: with backtracking "Task 1.1 Complete: x" becomes task 1 ". 1 Complete".
 _ID = (r"(?>(?:[A-Za-z]{1,4}[.-]?)?\d+[A-Za-z]?"
@@ -450,226 +445,195 @@ _SEVERAL = re.compile(
     rf"(?:Task|TASK|task)(?:[sS]\s+{_ID}.*[:：—–]|[\s#-]+(?:\d[\d.]*\.\d+-\d+\.\d|{_ID}"
     rf"\s*(?:[-–—,&+/~]|to|and)\s*(?:Task )?(?=\d){_ID}\s*(?:[:：—–]|[,.-]\s|$)))")
 _MENTION = re.compile(rf"(?:.*\(Tasks?\s|{_WORD})({_ID})(.*)")
+_BOLD_TASK = re.compile(r"[^#]{0,8}\*\*(Task.*)")
 _NEAR_MISS = re.compile(r"\s*(?:[-*+]\s+\[.\]|(?:##+|\*\*)\W*"
                         rf"(?:(?:Task|Subtask|Story|Step|任務|任务)\s*)?{_ID}\W)")
 _HEADING = re.compile(           # "##Task 1.1: x" is a slip, "#!/bin/sh" is none
     r" {0,3}(#{1,6})(?:[ \t]+|$|(?=\W{0,9}(?:Task|TASK)))(.*?)(?:[ \t]#+)?[ \t]*$")
 _DECORATION = re.compile(r"(?:[^\w\[]|\[[^\]]*\]|\d[\d.)]*\s)*")
-_NOISE = re.compile(r"\[[ xX~✓✔]?\]|[✅☑✔✓☐⬜⏳🔄❌🚧]\ufe0f?|~~|\*\*|`"
-                    r"|\*?\((?i:completed?|done)\)\*?")
-_STATUS = r"[(\[]\**(?i:{0})\**[)\]]|(?:[(\[*✅✔☑\ufe0f]|\s[—–-]+)\s*\**(?:{0})\b"
+_NOISE = re.compile(r"\[[ xX~✓✔]?\]|[✅☑✔✓☐⬜⏳🔄❌🚧]\ufe0f?|\((?i:completed?|done)\)")
+_STATUS = r".*(?:[(\[]\W*(?i:{0})\W*[)\]]|(?:[(\[*]|\s[—–-]+\s)\W*(?:{0})\b)"
 _MARKS = {                       # best first
-    Mark.SKIPPED: re.compile(r"\W*~~|.*(?:" + _STATUS.format(
-        "REMOVED|DEFERRED|SKIP(?:PED)?|SUPERSEDED|CONSOLIDATED|MOVED") + ")"),
-    Mark.DONE: re.compile(r"(?!.*(?i:in progress)).*(?:\[[xX✓✔]\]|[✅✔☑]|"
+    Mark.SKIPPED: re.compile(r"\W*~~|" + _STATUS.format(
+        "REMOVED|DEFERRED|SKIP(?:PED)?|SUPERSEDED|CONSOLIDATED|MOVED")),
+    Mark.DONE: re.compile(r"(?!.*(?i:in progress))(?:.*(?:\[[xX✓✔]\]|[✅✔☑])|"
                           + _STATUS.format("DONE|COMPLETED?") + ")")}
 _BLOCK = re.compile(             # opens or closes a fence, or opens a comment
     r"((?:[ \t>]|[-*+][ \t]|\d+[.)][ \t])*+)(?:(`{3,}+|~{3,}+)([^`]*)$|<!--(?!.*-->))")
-_SHELL = re.compile(r"[ \t>]*(?:`+|~+)\s*(?:bash|sh|shell|zsh)?\s*", re.IGNORECASE)
+_SHELLS = ("", "bash", "sh", "shell", "zsh")   # languages of a script
 _ITEM = re.compile(r"([ \t]*)(?:[-*+]|\d+[.)])\s+(\[[ xX~✓✔]\]\s*)?(.*)")
 _LABEL = re.compile(             # "**Name:** value", "**Name**: value", "# Name"
-    r"\s*(?:(?:[-*+]|\d+[.)])\s+(?=\*\*))?(?P<mark>\*\*|#+\s+)?(?:"
-    r"(?P<acceptance>acceptance(?: criteria| tests)?\b|验收标准|驗收標準)"
-    r"|(?P<success>(?:success criteria|done when|definition of done)\b)|(?(mark)|(?!))"
-    r"(?:(?P<files>files?(?:\(s\))?(?: to \w+| \w+ed)?|文件\w*)|(?P<verify>verify)"
-    r"|(?P<type>type)|(?P<timeout>timeout)|(?P<model>model)|(?P<branch>branch))"
-    r"(?=\s*(?:[:：*(]|$)))[^*:：]*"
-    r"(?:[:：]\s*(?:\*\*)?|\*\*\s*(?:[:：]|$|(?=\())|(?(mark)$|(?!)))", re.IGNORECASE)
+    r"\s*(?:(?:[-*+]|\d+[.)])\s+(?=\*\*))?(?:\*\*|#+\s+|(?=acceptance[^*:：]*[:：]))(?:"
+    r"(?P<criteria>acceptance(?: criteria| tests)?|success criteria|done when"
+    r"|definition of done|验收标准|驗收標準)|(?P<verify>verify)|(?P<type>type)"
+    r"|(?P<files>files?(?:\(s\))?(?: to \w+| \w+ed)?|文件\w*)|(?P<timeout>timeout)"
+    r"|(?P<model>model)|(?P<branch>branch))(?=\s*(?:[:：*(]|$))[^*:：]*"
+    r"(?:[:：]\s*(?:\*\*)?|\*\*\s*(?:[:：]|$|(?=\())|$)", re.IGNORECASE)
 _CODE = re.compile(r"(`{1,2})(?!`)(.+?)(?<!`)\1(?!`)")
 _COMMANDS = re.compile(rf"(?:[\s,;&]*+(?:(?:and|then)\b\s*+)?{_CODE.pattern})*")
 _TIME = re.compile(r"(\d{1,9}) *(?:s(?:ec\w*)?|([mh])(?:in\w*|ours?)?)?")
-_E2E = re.compile(               # best first
-    r"((?:E2E|end[- ]to[- ]end) (?:tests?|scenario)\b)"
-    r"|(.*\b(?:E2E|end[- ]to[- ]end)\b.*\b(?:tests?|scenario|(?:valid|verific)ation)\b)"
-    r"|((?:.*: )?(?:(?:milestone|phase) [\w.]+ |final )?(?:valid|verific)ation"
-    r"(?: commands.*| \w+(?: \(.*)?)?$|manual (?:test|smoke)|post-completion)", re.I)
-
-@dataclass(frozen=True, slots=True)
-class _Heading:
-    """A heading and the lines below it up to `end`; `id` only if it is a task's."""
-    line: int
-    level: int
-    text: str
-    plain: str                   # from the first word on, without emphasis
-    id: str
-    title: str
-    end: int                     # without the rules and blanks before it
-
-@dataclass(slots=True)
-class _Label:
-    """A `**Label:** value` with the list or the script below it."""
-    kind: str = ""               # a group of _FIELD; "" means nothing here
-    value: str = ""
-    items: list[str] = field(default_factory=list)
-    script: str = ""
+_E2E = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (     # best first
+    r"(?:E2E|end[- ]to[- ]end) (?:tests?|scenario)\b",
+    r".*\b(?:E2E|end[- ]to[- ]end)\b.*\b(?:tests?|scenario|(?:valid|verific)ation)\b",
+    r"(?:.*: )?(?:(?:milestone|phase) [\w.]+ |final )?(?:valid|verific)ation"
+    r"(?: commands.*| \w+(?: \(.*)?)?$|manual (?:test|smoke)|post-completion"))
 
 @dataclass(frozen=True, slots=True)
 class _Doc:
     """The file in one reading of its fences."""
     lines: Sequence[str]
-    headings: Sequence[_Heading]
-    tasks: Mapping[int, _Heading]          # by line
+    shown: Sequence[str]         # the same, but fences and comments are blank
     fences: Mapping[int, int]    # first and last line of each
-    hidden: Sequence[int]        # whether the line is fenced, a comment or front matter
-    unclosed: int | None         # a fence or comment
+    unclosed: Sequence[int]      # first lines of the fences and comments left open
+    headings: Sequence[tuple[int, str, Task]]   # level, text; its section, id if a task
 
-    def labels(self, start: int, end: int) -> list[_Label]:
-        labels, indent = [_Label()], 0
-        for i in range(start, end):
-            line, label = self.lines[i], labels[-1]
-            found, item = _LABEL.match(line), _ITEM.match(line)
-            if i in self.fences and label.kind == "verify":
-                if not label.items and _SHELL.fullmatch(line):
-                    label.script = "\n".join(self.lines[i + 1:self.fences[i]])
-                labels.append(_Label())
-            elif self.hidden[i] or not line.strip(_RULE):
-                continue
-            elif found:
-                labels.append(_Label(found.lastgroup or "", line[found.end():].strip()))
-            elif item and (not label.items or len(item[1]) == indent):
-                indent = len(item[1])
-                label.items.append(item[3].strip())
-            elif label.items and line[0] in " \t":
-                label.items[-1] = f"{label.items[-1]} {line.strip()}"[:CONTEXT_CHARS]
-            elif label.items or label.kind == "verify" or line[0] in "*#":
-                labels.append(_Label())
-        return labels
+    @property
+    def tasks(self) -> list[Task]:
+        return [section for _, _, section in self.headings if section.id]
 
 def decode_plan(data: bytes, *, path: Path) -> str:
     """The plan's text. Raises UsageError with path:line unless it is clean UTF-8."""
-    bad = data.find(b"\0")       # valid UTF-8, but no text
-    try:
-        text = data.decode("utf-8-sig")
+    try:                         # a NUL is valid UTF-8, but no text
+        return data.replace(b"\0", b"\xff").decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        bad = error.start
-    if bad >= 0:
-        line = data.count(b"\n", 0, bad) + 1
-        raise UsageError(f"{path}:{line}: byte 0x{data[bad]:02x}", hint="save as UTF-8")
-    return text
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}:{line}: byte 0x{data[error.start]:02x}",
+                         hint="save as UTF-8") from None
 
-def _read(lines: Sequence[str], start: int, *, nested: bool) -> _Doc:
+def _read(lines: Sequence[str], *, nested: bool) -> _Doc:
     """Find fences and headings. `nested`: an info string inside a fence opens one more,
     against CommonMark; either policy alone loses tasks of real plans."""
-    hidden = bytearray(b"\1" * start + b"\0" * (len(lines) - start))
-    fences: dict[int, int] = {}
+    shown, fences = list(lines), dict[int, int]()
     stack: list[tuple[int, re.Match[str]]] = []
-    for i in range(start, len(lines)):
-        block = _BLOCK.match(lines[i]) if re.search("```|~~~|<!--", lines[i]) else None
+    for i, line in enumerate(lines):
+        block = _BLOCK.match(line) if re.search("```|~~~|<!--", line) else None
         opener = stack[-1][1] if stack else None
-        hidden[i] = bool(opener or block)
-        if opener and not opener[2]:           # a comment
-            stack = [] if "-->" in lines[i] else stack
-        elif block and not opener:
-            stack.append((i, block))
-        elif block and opener and block[2] and block[2].startswith(opener[2]):
+        shown[i] = "" if opener or block else line
+        if not opener:
+            stack += [(i, block)] if block else []
+        elif not opener[2]:      # a comment
+            stack = [] if "-->" in line else stack
+        elif block and block[2] and block[2].startswith(opener[2]):
             if block[3].strip():
                 stack += [(i, block)] if nested else []
-            elif not block[1].strip(" \t>") and len(block[1]) < len(opener[1]) + 4:
+            elif not block[1].strip(" \t>"):
                 fences[stack.pop()[0]] = i
-    headings: list[_Heading] = []
+    headings: list[tuple[int, str, Task]] = []
     ends = [len(lines)] * 7      # by level; 0: tasks, which end every section
-    for i in range(len(lines) - 1, -1, -1):
-        found = None if hidden[i] else _HEADING.match(lines[i][:_HEAD_CHARS])
-        if found:
+    for i, line in reversed([*enumerate(shown)]):
+        if found := _HEADING.match(line[:_HEAD_CHARS]):
             level = len(found[1])
             plain = _DECORATION.sub("", re.sub(r"\*\*|~~|`", "", found[2]), count=1)
             task = None if _SEVERAL.match(plain) else _TASK.match(plain)
-            title = " ".join(_NOISE.sub(" ", task[2]).split()) if task else ""
+            title = " ".join(_NOISE.sub(" ", task[2] if task else plain).split())
+            mark = (m for m, pattern in _MARKS.items() if pattern.match(found[2]))
             end = min(ends[:level + 1])
             while end > i + 1 and not lines[end - 1].strip(_RULE):
                 end -= 1
-            headings.append(_Heading(i, level, found[2], plain, task[1] if task else "",
-                                     title.rstrip(" -—–"), end))
+            section = Task(task[1] if task else "", title.rstrip(" -—–"), i + 1, end,
+                           "", mark=next(mark, Mark.NONE))
+            headings.append((level, plain, section))
             ends[0 if task else level] = i
-    headings.reverse()
-    tasks = {heading.line: heading for heading in headings if heading.id}
-    return _Doc(lines, headings, tasks, fences, hidden, stack[0][0] if stack else None)
+    return _Doc(lines, shown, fences, [at for at, _ in stack], headings[::-1])
 
-def _choose_reading(lines: Sequence[str], start: int, problems: list[Problem]) -> _Doc:
-    """Nesting is believed if every fence ends; two plausible lists are an error."""
-    doc, other = (_read(lines, start, nested=nested) for nested in (True, False))
-    if doc.unclosed is not None:
-        doc, other = other, doc
-    differing = doc.tasks.keys() ^ other.tasks.keys()
-    if differing:
-        is_open = all(d.unclosed is None and len({h.id for h in d.tasks.values()})
-                      == len(d.tasks) for d in (doc, other))
-        problems.append(Problem(
-            min(differing) + 1, "a task or not? nested fences can be read in two ways",
-            "give the outer fence four backticks, ````" if is_open else ""))
-    if doc.unclosed is not None:
-        below = _read(lines[doc.unclosed + 1:], 0, nested=False)
-        shown = lines[doc.unclosed].strip()[:80]
-        problems.append(Problem(doc.unclosed + 1, f"this never ends: {shown}",
-                                "close it above the tasks" if below.tasks else ""))
-    return doc
+def _fence_problems(doc: _Doc, other: _Doc) -> Iterator[Problem]:
+    """What is doubtful about a reading; two plausible lists of tasks are an error."""
+    mine, others = ({task.line: task.id for task in d.tasks} for d in (doc, other))
+    if differing := mine.keys() ^ others.keys():
+        is_open = not doc.unclosed and not other.unclosed and all(
+            len(set(ids.values())) == len(ids) for ids in (mine, others))
+        yield Problem(
+            min(differing), "a task or not? nested fences can be read in two ways",
+            "give the outer fence four backticks, ````" if is_open else "")
+    for at in doc.unclosed[:1]:
+        below = _read(doc.lines[at + 1:], nested=False).tasks
+        yield Problem(at + 1, f"this never ends: {doc.lines[at].strip()[:80]}",
+                      "close it above the tasks" if below else "")
 
-def _gates(labels: Iterable[_Label]) -> tuple[str, ...]:
-    """Code at the beginning of the label's value and items, or the script below it."""
-    gates: list[str] = []
-    for label in (label for label in labels if label.kind == "verify"):
-        heads = (_COMMANDS.match(text) for text in (label.value, *label.items))
-        code = [m[2].strip() for h in heads if h for m in _CODE.finditer(h[0])]
-        gates += code or [textwrap.dedent(label.script).strip("\n")]
-    return tuple(filter(None, gates))
+def _labels(doc: _Doc, start: int, end: int) -> list[tuple[str, list[str]]]:
+    """The labels in these lines: a group of _LABEL, "script" or "" for nothing here,
+    with the value and the items of the list below it."""
+    labels, indent = [("", [""])], 0
+    for i in range(start, end):
+        line, (kind, texts) = doc.shown[i], labels[-1]
+        found, item = _LABEL.match(line), _ITEM.match(line)
+        if i in doc.fences and kind == "verify":
+            is_script = doc.lines[i].strip(" \t>`~").lower() in _SHELLS
+            alone = len(texts) == 1 and not texts[0].startswith("`")
+            script = textwrap.dedent("\n".join(doc.lines[i + 1:doc.fences[i]]))
+            labels.append(("script" if is_script and alone else "", [script]))
+        elif found:
+            labels.append((found.lastgroup or "", [line[found.end():].strip()]))
+        elif not line.strip(_RULE):
+            continue
+        elif item and (len(texts) == 1 or len(item[1]) == indent):
+            indent = len(item[1])
+            texts.append(item[3].strip())
+        elif len(texts) > 1 and line[0] in " \t":
+            texts[-1] = f"{texts[-1]} {line.strip()}"[:CONTEXT_CHARS]
+        elif len(texts) > 1 or kind == "verify" or line[0] in "*#":
+            labels.append(("", [""]))
+    return labels
 
-def _task(doc: _Doc, heading: _Heading) -> Task:
-    labels = doc.labels(heading.line + 1, heading.end)
-    value = {label.kind: label.value for label in reversed(labels)}
-    lists = {label.kind: label.items or [label.value] for label in reversed(labels)
-             if label.items or label.value}
-    files = [word for label in labels if label.kind == "files"
-             for text in (label.value, *label.items)
+def _gates(labels: Iterable[tuple[str, list[str]]]) -> Iterator[str]:
+    """The code that a `**Verify:**` and its items begin with; the scripts below one."""
+    for kind, texts in labels:
+        for text in texts if kind == "verify" else ():
+            if head := _COMMANDS.match(text):
+                yield from (code[2].strip() for code in _CODE.finditer(head[0]))
+        if kind == "script":
+            yield texts[0].strip("\n")
+
+def _task(doc: _Doc, section: Task) -> Task:
+    """The section with what is labelled in it."""
+    labels = _labels(doc, section.line, section.end_line)
+    value = {kind: texts[0] for kind, texts in reversed(labels)}
+    files = (word for kind, texts in labels if kind == "files" for text in texts
              for part in text.split("`")[1::2] or text.split(",")
-             for word in part.split()[:1] if "." in word or "/" in word]
-    found = _TIME.fullmatch(value.get("timeout", "").strip("` ").lower())
-    timeout_s = int(found[1]) * {"m": 60, "h": 3600}.get(found[2], 1) if found else 0
-    return Task(
-        heading.id, heading.title, heading.line + 1, heading.end,
-        "\n".join(doc.lines[heading.line:heading.end]), type=value.get("type", ""),
-        files=tuple(dict.fromkeys(files)), gates=_gates(labels),
-        criteria=tuple(lists.get("acceptance", lists.get("success", ()))),
-        mark=next((m for m, p in _MARKS.items() if p.match(heading.text)), Mark.NONE),
+             for word in part.split()[:1] if "." in word or "/" in word)
+    criteria = (text for kind, texts in labels if kind == "criteria"
+                for text in texts[1:] or texts)
+    time = _TIME.fullmatch(value.get("timeout", "").strip("` ").lower())
+    timeout_s = int(time[1]) * {"m": 60, "h": 3600}.get(time[2], 1) if time else 0
+    return dataclasses.replace(
+        section, text="\n".join(doc.lines[section.line - 1:section.end_line]),
+        type=value.get("type", ""), model=value.get("model", "").strip("` "),
         timeout_s=timeout_s if "timeout" in value else None,
-        model=value.get("model", "").strip("` "))
+        files=tuple(dict.fromkeys(files)), criteria=tuple(filter(None, criteria)),
+        gates=tuple(filter(None, _gates(labels))))
 
 def _e2e(doc: _Doc) -> Task | None:
     """The section outside the tasks whose heading says most clearly that it is one."""
-    ranked: list[tuple[int, int, _Heading]] = []
-    tasks_end = 0
-    for h in doc.headings:
-        tasks_end = h.end if h.id else tasks_end
-        match = _E2E.match(h.plain) if h.level > 1 else None
-        if match and h.line >= tasks_end:
-            body = [line for line in doc.lines[h.line + 1:h.end] if line.strip(_RULE)]
-            boxes = [1 for line in body if (item := _ITEM.match(line)) and item[2]]
-            if 2 * len(boxes) < len(body):     # no mere list of boxes to tick
-                ranked.append((match.lastindex or 0, h.line, h))
-    if not ranked:
-        return None
-    _, at, best = min(ranked)
-    return dataclasses.replace(_task(doc, best), id=E2E_ID, title=best.plain)
+    inside = {i for task in doc.tasks for i in range(task.line, task.end_line + 1)}
+    outside = [h for h in doc.headings if h[0] > 1 and h[2].line not in inside]
+    for section in (h[2] for p in _E2E for h in outside if p.match(h[1])):
+        body = [line for line in doc.lines[section.line:section.end_line]
+                if line.strip(_RULE)]
+        boxes = [line for line in body if (item := _ITEM.match(line)) and item[2]]
+        if 2 * len(boxes) < len(body):         # no mere list of boxes to tick
+            return dataclasses.replace(_task(doc, section), id=E2E_ID)
+    return None
 
 def _problems(doc: _Doc, tasks: Sequence[Task], name: str) -> Iterator[Problem]:
-    if not tasks:
-        misses = ((i + 1, f"no task heading; the nearest miss: {line[:80]}")
-                  for i, line in enumerate(doc.lines)
-                  if _NEAR_MISS.match(line[:_HEAD_CHARS]) and not doc.hidden[i])
-        yield Problem(*next(misses, (1, "no task heading")), "write ## Task 1.1: Title")
     lines = {task.id: task.line for task in reversed(tasks)}
-    levels = {heading.level for heading in doc.tasks.values()}
-    bold = ((i, 0, line[line.index("**Task") + 2:]) for i, line in enumerate(doc.lines)
-            if "**Task" in line[:14] and not doc.hidden[i])
-    for i, level, text in (*((h.line, h.level, h.plain) for h in doc.headings), *bold):
-        mention = None if i in doc.tasks else _MENTION.match(text)
+    levels = {level for level, _, section in doc.headings if section.id}
+    mentions = [(s.line, level, text) for level, text, s in doc.headings if not s.id]
+    mentions += [(at, 0, bold[1]) for at, line in enumerate(doc.shown, 1)
+                 if (bold := _BOLD_TASK.match(line))]
+    for at, level, text in mentions:
+        mention = _MENTION.match(text)
         if level and _SEVERAL.match(text):
-            yield Problem(i + 1, f"several tasks in one: {text[:80]}", "split it")
+            yield Problem(at, f"several tasks in one: {text[:80]}", "split it")
         elif mention and not {mention[1], mention[1].partition("-")[0]} & lines.keys():
             hint = f"write ## Task {mention[1]}: {mention[2].strip() or 'Title'}"
-            yield Problem(i + 1, f"not a task heading: {text[:80]}",
+            yield Problem(at, f"not a task heading: {text[:80]}",
                           hint if level in levels else "")
+    misses = ((at, f"no task heading; the nearest miss: {line[:80]}") for at, line
+              in enumerate(doc.shown, 1) if _NEAR_MISS.match(line[:_HEAD_CHARS]))
+    at, missing = next(misses, (1, "no task heading"))
     bare = ", ".join(task.id for task in tasks if not task.criteria)
     checks: list[tuple[int, object, str, str]] = [
+        (at, not tasks, missing, "write ## Task 1.1: Title"),
         (1, bare, f"no acceptance criteria: {bare[:80]}", ""),
         (1, tasks and all(t.mark for t in tasks), "every task is marked done", ""),
         (1, re.search(r"handoff|summary|report|status|complet(?:e|ion)\b", name, re.I),
@@ -687,24 +651,28 @@ def parse_plan(text: str, *, path: Path) -> Plan:
     """Turn plan markdown into a Plan. Never raises on content. Inside this section a
     hint makes a Problem an error: a plan with errors must not be run."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    lines, problems = text.split("\n"), list[Problem]()
-    front = "".join(match[0] for match in [_FRONT_MATTER.match(text)] if match)
-    doc = _choose_reading(lines, front.count("\n"), problems)
-    tasks = tuple(_task(doc, heading) for heading in doc.tasks.values())
+    front = _FRONT_MATTER.match(text)
+    head = front[0] if front else ""
+    lines = ("\n" * head.count("\n") + text[len(head):]).split("\n")
+    doc, other = _read(lines, nested=True), _read(lines, nested=False)
+    if doc.unclosed:             # nesting is believed only if every fence ends
+        doc, other = other, doc
+    tasks = tuple(_task(doc, section) for section in doc.tasks)
     e2e = _e2e(doc)
     start = min((s.line - 1 for s in (*tasks[:1], e2e) if s), default=len(lines))
-    titles = [h for h in doc.headings if h.level == 1 and h.line < start]
-    title = titles[0].plain if titles else path.stem
-    after = titles[0].line + 1 if titles else front.count("\n")
-    name = [path.stem, *_MILESTONE.findall(front)][-1].replace("/", "-")
-    branches = [(label.value.split("`")[1::2] or label.value.split() or [""])[0]
-                for label in doc.labels(0, start) if label.kind == "branch"]
-    problems += _problems(doc, tasks, f"{path.name}: {title}")
+    titles = ((text, s.line) for level, text, s in doc.headings if level == 1)
+    title, after = next((t for t in titles if t[1] <= start), (path.stem, 0))
+    milestone = (front and front[1] or path.stem).replace("/", "-")
+    branch = " ".join(v[0] for kind, v in _labels(doc, 0, start) if kind == "branch")
+    branch = "".join((branch.split("`")[1::2] or branch.split())[:1])
+    milestone, branch = (_UNSAFE.sub("-", name.strip())[:100].strip("-./")
+                         for name in (milestone, branch))
+    problems = [*_fence_problems(doc, other),
+                *_problems(doc, tasks, f"{path.name}: {title}")]
     problems.sort(key=lambda problem: problem.line)
     return Plan(
-        path=path, title=title, tasks=tasks, e2e=e2e,
-        milestone=_UNSAFE.sub("-", name)[:100].strip("-./") or "plan",
-        branch=_UNSAFE.sub("-", "".join(branches[:1]))[:100].strip("-./"),
+        path=path, title=title, tasks=tasks, e2e=e2e, branch=branch,
+        milestone=milestone or "plan",
         sha256=hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
         context="\n".join(lines[after:start]).strip()[:CONTEXT_CHARS],
         warnings=tuple(problem for problem in problems if not problem.hint),
@@ -716,21 +684,18 @@ def plan_report(plan: Plan) -> dict[str, Any]:
     for part in (report, *report["tasks"], *report["warnings"]):
         for name in ("path", "sha256", "context", "text", "timeout_s", "model", "hint"):
             part.pop(name, None)
-    if e2e := report["e2e"]:
-        names = ("line", "end_line", "text", "gates")
-        report["e2e"] = {"heading": e2e["title"], **{name: e2e[name] for name in names}}
+    if e2e := plan.e2e:
+        report["e2e"] = {"heading": e2e.title, "line": e2e.line, "end_line":
+                         e2e.end_line, "text": e2e.text, "gates": e2e.gates}
     return report
 
 # ==== 5. Prompts ===================================================== [pure]
-
 def _schema(required: str, **properties: str | Mapping[str, Any]) -> Mapping[str, Any]:
     """JSON schema of a report; a property given as words is a text so described."""
     return {"type": "object", "required": required.split(), "properties": {
         name: {"type": "string", "description": told} if isinstance(told, str) else told
         for name, told in properties.items()}}
-
 _TEXTS = {"type": "array", "items": {"type": "string"}}
-
 VERDICT_SCHEMA = _schema(
     "status summary", status={
         "type": "string", "enum": [status.value for status in VerdictStatus],
@@ -742,13 +707,11 @@ VERDICT_SCHEMA = _schema(
     question="needs_human: one answerable question",
     options={**_TEXTS, "description": "needs_human: the possible answers"},
     recommendation="needs_human: your own choice")
-
 E2E_SCHEMA = _schema(
     "status", status={"type": "string", "enum": ["passed", "failed", "unclear"]},
     diagnosis="failed or unclear: what is wrong, where",
     options=_TEXTS, recommendation="your own choice of the options",
     steps={**_TEXTS, "description": "for each step: what you ran, what you saw"})
-
 _TASK_RULES = """\
 You work alone in a sandbox; nobody is watching and nobody can be asked while you work.
 Do this one task and nothing else. Do not touch the plan file, and do not weaken, skip
@@ -760,7 +723,6 @@ Check every acceptance criterion by running something before you report complete
 End with your report. Without a structured report, end your last message with:
 STATUS: completed | failed | needs_human
 SUMMARY: ... | ERROR: ... | QUESTION: ... OPTIONS: ... RECOMMENDATION: ..."""
-
 _E2E_RULES = """\
 The tasks of this milestone are done. Carry out the scenario below exactly as written,
 step by step, and report what you ran and saw. Change no file: you judge, do not fix.
@@ -784,8 +746,7 @@ def _prompt(first_line: str, rules: str, *sections: tuple[str, str]) -> str:
 def task_prompt(
     plan: Plan, task: Task, record: TaskRecord, *, max_attempts: int, guidance: str,
 ) -> str:
-    """First prompt of an attempt: the task as written, where it stands in the plan,
-    what the earlier attempts failed on, and what a person said about it."""
+    """First prompt of an attempt; `guidance` is what a person says besides."""
     asked = record.question.text if record.question else ""
     order = (f"- Task {t.id}: {t.title}{' (this one)' if t is task else ''}"
              for t in plan.tasks)
@@ -815,7 +776,6 @@ def e2e_prompt(plan: Plan, scenario: Task, run: int) -> str:
                    _E2E_RULES, ("The scenario", scenario.text))
 
 # ==== 6. Agent stream ================================================ [pure]
-
 END_EVENT = "orchestrator_end"   # our own last line of a transcript
 _SUMMARY_KEYS = ("command", "file_path", "notebook_path", "pattern", "path", "url",
                  "query", "description", "prompt", "skill", "status")
@@ -849,22 +809,53 @@ def _usage(value: Any) -> Usage:
     n = [int(_number(raw.get(f"{kind}Tokens"))) for kind in _TOKEN_KINDS]
     return Usage(n[0], n[1], n[2], n[3], _number(raw.get("costUSD")))
 
+def _with_result(seen: AgentResult, event: Mapping[str, Any]) -> AgentResult:
+    """A resumed session counts on from its past, so what was used since the last
+    result is taken where the CLI tells it (recordings/resume)."""
+    used, models = event.get("model_usage_since_last_result"), dict(seen.models)
+    if not isinstance(used, dict):
+        total = {"unknown": {"costUSD": event.get("total_cost_usd")}}
+        used, models = _object(event.get("modelUsage", total)), {}
+    for model, raw in used.items():
+        models[model] = models.get(model, Usage()) + _usage(raw)
+    status, structured = event.get("api_error_status"), event.get("structured_output")
+    return dataclasses.replace(
+        seen, has_result=True, text=_text(event.get("result")),
+        session_id=_text(event.get("session_id")) or seen.session_id,
+        structured=structured if isinstance(structured, dict) else None,
+        is_error=event.get("is_error") is True, subtype=_text(event.get("subtype")),
+        terminal_reason=_text(event.get("terminal_reason")),
+        api_error=_text(event.get("api_error")) or _text(event.get("api_error_type")),
+        api_error_status=status if isinstance(status, int) else None,
+        errors=tuple(filter(None, map(_text, _list(event.get("errors"))))),
+        models=models, usage=sum(models.values(), Usage()),
+        turns=int(_number(event.get("num_turns"))),
+        duration_s=_number(event.get("duration_ms")) / 1000)
+
+class Redactor:
+    """Takes secrets out of a stream of bytes, cut anywhere."""
+    def __init__(self, secrets: Sequence[bytes]) -> None:
+        self._secrets, self._held = secrets, b""
+
+    def feed(self, data: bytes) -> bytes:
+        """What can be told so far; the beginning of a secret is held back. No data is
+        the end of the stream, and tells all that is left."""
+        is_end, data = not data, self._held + data
+        for secret in self._secrets:
+            data = data.replace(secret, b"[redacted]")
+        cut = len(data) - max((n for secret in self._secrets for n in range(len(secret))
+                               if data.endswith(secret[:n]) and not is_end), default=0)
+        data, self._held = data[:cut], data[cut:]
+        return data
+
 class StreamDecoder:
     """Fold the bytes of `--output-format stream-json` into one AgentResult. Nothing in
     them makes it raise; a line of over MAX_LINE_BYTES is passed over."""
     def __init__(self) -> None:
         self._open = bytearray()              # a line that has not ended yet
-        self._result: Mapping[str, Any] = {}
-        self._end: Mapping[str, Any] = {}     # our own last line, in a transcript
-        self._session_id = ""
-        self._limit_resets_at: float | None = None
-        self._models: dict[str, Usage] = {}
+        self.seen = AgentResult()             # what is known so far
         self._events = self._bad_lines = 0
         self._tools: list[str] = []
-
-    @property
-    def has_result(self) -> bool:
-        return bool(self._result)
 
     def feed(self, data: bytes) -> Sequence[str]:
         """Take the next bytes, cut anywhere; return the tool calls seen in them."""
@@ -878,34 +869,11 @@ class StreamDecoder:
                 self._open[32:] = b"\0"   # enough to know its kind; no JSON holds a NUL
         return self._tools
 
-    def finish(
-        self, *, ended: Ended = Ended.LOST, exit_code: int | None = None,
-        duration_s: float = 0.0, stderr_tail: str = "",
-    ) -> AgentResult:
-        """The whole call. Arguments left out come from the transcript's last line."""
+    def finish(self, stderr_tail: str = "") -> AgentResult:
+        """The whole call. How it ended is told by our own last line."""
         self.feed(b"\n")
-        if ended is Ended.LOST and _text(self._end.get("ended")) in set(Ended):
-            ended = Ended(self._end["ended"])
-            code = self._end.get("exit_code")
-            exit_code = code if isinstance(code, int) else None
-            duration_s = _number(self._end.get("duration_s"))
-        r = self._result
-        status, structured = r.get("api_error_status"), r.get("structured_output")
-        return AgentResult(
-            ended=ended, exit_code=exit_code, has_result=self.has_result,
-            session_id=_text(r.get("session_id")) or self._session_id,
-            text=_text(r.get("result")), is_error=r.get("is_error") is True,
-            structured=structured if isinstance(structured, dict) else None,
-            subtype=_text(r.get("subtype")),
-            terminal_reason=_text(r.get("terminal_reason")),
-            api_error=_text(r.get("api_error")) or _text(r.get("api_error_type")),
-            api_error_status=status if isinstance(status, int) else None,
-            errors=tuple(filter(None, map(_text, _list(r.get("errors"))))),
-            limit_resets_at=self._limit_resets_at,
-            usage=sum(self._models.values(), Usage()), models=self._models,
-            turns=int(_number(r.get("num_turns"))),
-            duration_s=duration_s or _number(r.get("duration_ms")) / 1000,
-            stderr_tail=stderr_tail, events=self._events, bad_lines=self._bad_lines)
+        return dataclasses.replace(self.seen, stderr_tail=stderr_tail,
+                                   events=self._events, bad_lines=self._bad_lines)
 
     def _line(self, line: bytearray) -> None:
         if line.startswith(_UNREAD) or (line.startswith(b'{"type":"assistant"')
@@ -929,30 +897,22 @@ class StreamDecoder:
             blocks = map(_object, _list(_object(event.get("message")).get("content")))
             self._tools += [tool_use(b) for b in blocks if b.get("type") == "tool_use"]
         elif kind == "result":
-            self._take_result(event)
+            self.seen = _with_result(self.seen, event)
         elif kind == "rate_limit_event":
             info = _object(event.get("rate_limit_info"))
             resets_at = _number(info.get("resetsAt"))   # ms would be no date
             if info.get("status") == "rejected" and 0 < resets_at < 1e10:
-                self._limit_resets_at = resets_at
+                self.seen = dataclasses.replace(self.seen, limit_resets_at=resets_at)
         elif kind == END_EVENT:
-            self._end = event
-        else:
-            self._session_id = _text(event.get("session_id")) or self._session_id
-
-    def _take_result(self, event: Mapping[str, Any]) -> None:
-        """A resumed session counts on from its past, so what was used since the last
-        result is taken where the CLI tells it (recordings/resume)."""
-        self._result = event
-        used = event.get("model_usage_since_last_result")
-        if not isinstance(used, dict):
-            total = {"unknown": {"costUSD": event.get("total_cost_usd")}}
-            used, self._models = _object(event.get("modelUsage", total)), {}
-        for model, raw in used.items():
-            self._models[model] = self._models.get(model, Usage()) + _usage(raw)
+            ended, code = _text(event.get("ended")), event.get("exit_code")
+            self.seen = dataclasses.replace(
+                self.seen, ended=Ended(ended) if ended in set(Ended) else Ended.LOST,
+                exit_code=code if isinstance(code, int) else None,
+                duration_s=_number(event.get("duration_s")) or self.seen.duration_s)
+        elif session_id := _text(event.get("session_id")):
+            self.seen = dataclasses.replace(self.seen, session_id=session_id)
 
 # ==== 7. Verdict ===================================================== [pure]
-
 _RETRY_HTTP = frozenset({408, 409, 425, 429})   # of the 4xx, those that waiting cures
 _LIMIT = re.compile(r"(?i)(?:usage|hour|weekly|session)[ _]limit[ _]reached"
                     r"|hit your [\w -]{0,20}limit|out of (?:extra )?usage")
@@ -989,22 +949,14 @@ _KEY = re.compile(r"^[ \t>#*_`-]{0,8}((?i:(?:e2e[_ ])?status|question|options"
 _RULER = re.compile(r"^[ \t]*(?:-{3}|`{3}|\*{3}|={3})", re.M)
 _OPTION_END = re.compile(r"\n| ?[|;] ?|,? (?=[A-Da-d1-9][).] )")
 
-def _word(value: object) -> str:
-    text = str(value)[:200] if isinstance(value, str | bool) else ""
-    found = _STATUS_WORD.match(text)
+def _word(fields: Mapping[str, Any]) -> str:
+    found = _STATUS_WORD.match(_text(fields.get("status"))[:200])
     return (found and found.lastgroup) or ""
 
 def _field(fields: Mapping[str, Any], *names: str) -> str:
     """The first of the fields that holds text; empty if none does."""
-    texts = (fields.get(name) for name in names)
-    return next((shortened(t) for t in texts if isinstance(t, str) and t.strip()), "")
-
-def _question(fields: Mapping[str, Any], otherwise: str) -> Question:
-    listed = fields.get("options") or ""
-    options = listed if isinstance(listed, list) else _OPTION_END.split(str(listed))
-    texts = (shortened(str(option).strip(" \t*•-")) for option in options[:10])
-    asked = _field(fields, "question") or otherwise or "The agent did not say why."
-    return Question(asked, tuple(filter(None, texts)), _field(fields, "recommendation"))
+    texts = (shortened(_text(fields.get(name))) for name in names)
+    return next(filter(None, texts), "")
 
 def _block(text: str, status_key: str) -> dict[str, str]:
     """The last block of lines `KEY: value` that begins with `status_key`."""
@@ -1049,36 +1001,31 @@ def _from_prose(result: AgentResult) -> _Report:
     even = result.text.translate(_EVEN).replace("**", "")
     prose = _NOT_PROSE.sub(lambda part: " " * len(part[0]), even).rstrip()
     tail, is_done = prose[-_TAIL_CHARS:], bool(_WORK_DONE.search(prose))
-    sentences = [sentence.strip() for sentence in _SENTENCE_END.split(tail)]
-    firm = [s for s in sentences
+    said = [sentence.strip() for sentence in _SENTENCE_END.split(tail)]
+    firm = [s for s in said
             if not (_COURTESY.search(s) or (is_done and _OFFER.search(s)))]
-    rules = (("text_blocked", _BLOCKED, sentences), ("text_menu", _MENU, sentences),
-             ("text_request", _REQUEST, firm if is_done else sentences),
+    rules = (("text_blocked", _BLOCKED, said), ("text_menu", _MENU, said),
+             ("text_request", _REQUEST, firm if is_done else said),
              ("text_question", _QUESTION, firm))
-    found = ((rule, s) for rule, pattern, among in rules for s in among
-             if pattern.search(s))
-    rule, asked = next(found, ("text_done" if is_done else "text_no_request", ""))
+    for rule, pattern, among in rules:
+        if asked := next(filter(pattern.search, among), ""):
+            return rule, {"status": "needs_human", "question": asked,
+                          "options": _CHOICE.findall(tail[tail.find(asked):])}
     if not result.text.strip():
         return "empty", {"error": "the agent ended without a word"}
-    if not asked:
-        return rule, {"status": "completed"}
-    options = _CHOICE.findall(tail[tail.find(asked):])
-    return rule, {"status": "needs_human", "question": asked, "options": options}
+    return "text_done" if is_done else "text_no_request", {"status": "completed"}
 
 def _from_end(result: AgentResult) -> _Report:
     """By how the call ended: no result event, or one that is an error."""
-    said = "\n".join(result.errors) or (result.text if result.has_result else "")
-    why, cut_short = said or result.stderr_tail, result.ended.value
+    why = "\n".join(result.errors) or result.text or result.stderr_tail
     rules = (
         (result.subtype[6:], result.subtype.startswith("error_max_")),   # turns, budget
         (MISSING_SESSION, "No conversation found" in why),
-        (cut_short, result.ended not in (Ended.EXIT, Ended.GRACE, Ended.LOST)),
-        ("outage", outage(result) is not None),
-        ("execution_error", result.has_result),
-        ("no_result", result.events + result.bad_lines > 0),
-        ("no_output", True))
+        (result.ended, result.ended not in (Ended.EXIT, Ended.GRACE, Ended.LOST)),
+        ("outage", outage(result) is not None), ("execution_error", result.has_result),
+        ("no_result", result.events + result.bad_lines > 0), ("no_output", True))
     rule = next(rule for rule, applies in rules if applies)
-    if rule == cut_short:
+    if rule == result.ended:
         why = f"{rule} after {result.duration_s:.0f} s"
     why = why.strip() or f"{rule.replace('_', ' ')}, exit status {result.exit_code}"
     return rule, {"error": why}
@@ -1087,70 +1034,69 @@ def _report(result: AgentResult, key: str, statuses: Sequence[str]) -> _Report |
     """A result that is no error counts however the process ended."""
     if not result.has_result or result.is_error:
         return _from_end(result)
-    reports: tuple[_Report, ...] = (
-        ("structured", result.structured or {}),
-        ("marker", _block(result.text, key)))
-    told = (r for r in reports if _word(r[1].get("status")) in statuses)
-    return next(told, None)
+    reports: tuple[_Report, ...] = (("structured", result.structured or {}),
+                                    ("marker", _block(result.text, key)))
+    return next((r for r in reports if _word(r[1]) in statuses), None)
+
+_STATUSES = {**{status.value: status for status in VerdictStatus},
+             "passed": VerdictStatus.COMPLETED, "unclear": VerdictStatus.NEEDS_HUMAN}
+
+def _verdict(result: AgentResult, report: _Report, unsaid: VerdictStatus) -> Verdict:
+    rule, fields = report
+    status = _STATUSES.get(_word(fields), unsaid)
+    why = _field(fields, "diagnosis", "error", "summary", "question")
+    why = why or shortened(result.text)
+    if status is not VerdictStatus.NEEDS_HUMAN:
+        return Verdict(status, rule, why)
+    listed = fields.get("options") or ""
+    options = listed if isinstance(listed, list) else _OPTION_END.split(str(listed))
+    texts = (shortened(str(option).strip(" \t*•-")) for option in options[:10])
+    return Verdict(status, rule, why, Question(
+        _field(fields, "question") or why or "The agent did not say why.",
+        tuple(filter(None, texts)), _field(fields, "recommendation")))
 
 def judge(result: AgentResult) -> Verdict:
     """Decide what a call came to. Ask `outage` first: it is no verdict on the task."""
-    rule, fields = _report(result, "status", [*VerdictStatus]) or _from_prose(result)
-    status = VerdictStatus(_word(fields.get("status")) or "failed")
-    why = _field(fields, "error", "summary", "question") or shortened(result.text)
-    asks = status is VerdictStatus.NEEDS_HUMAN
-    return Verdict(status, rule, why, _question(fields, why) if asks else None)
-
-_E2E_WORDS = {"passed": VerdictStatus.COMPLETED, "failed": VerdictStatus.FAILED,
-              "unclear": VerdictStatus.NEEDS_HUMAN}
+    report = _report(result, "status", [*VerdictStatus]) or _from_prose(result)
+    return _verdict(result, report, VerdictStatus.FAILED)
 
 def judge_e2e(result: AgentResult) -> Verdict:
     """What the scenario showed. Without a clear word only a person can settle it."""
-    report = _report(result, "e2e_status", [*_E2E_WORDS, VerdictStatus.NEEDS_HUMAN])
-    rule, fields = report or ("no_status", {})
-    status = _E2E_WORDS.get(_word(fields.get("status")), VerdictStatus.NEEDS_HUMAN)
-    why = _field(fields, "diagnosis", "error") or shortened(result.text)
-    asks = status is VerdictStatus.NEEDS_HUMAN
-    return Verdict(status, rule, why, _question(fields, why) if asks else None)
+    words = ("passed", "failed", "unclear", "needs_human")
+    report = _report(result, "e2e_status", words) or ("no_status", {})
+    return _verdict(result, report, VerdictStatus.NEEDS_HUMAN)
 
 # ==== 8. Loop detection, delays ====================================== [pure]
-
 _VOLATILE = (
     (re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{7,64}\b", re.IGNORECASE), "<hash>"),
     (re.compile(r"(?:[A-Za-z]:)?(?:[\w.~-]*/){1,32}[\w.~-]+"), "<path>"),
     (re.compile(r"\d+(?:[.:,-]\d+)*"), "<n>"))
 
-def normalize_error(text: str) -> tuple[str, ...]:
-    """The words of an error without what changes from run to run; at most 300."""
-    for pattern, placeholder in _VOLATILE:
-        text = pattern.sub(placeholder, text[:4000])
-    return tuple(text.casefold().split()[:300])
-
 def similarity(a: str, b: str) -> float:
-    """How alike two errors are, 0..1, by difflib's ratio over normalised words."""
-    return difflib.SequenceMatcher(
-        None, normalize_error(a), normalize_error(b), autojunk=False).ratio()
+    """How alike two errors are, 0..1: difflib's ratio over at most 300 words of each,
+    without what changes from run to run."""
+    def words(text: str) -> list[str]:
+        for pattern, placeholder in _VOLATILE:
+            text = pattern.sub(placeholder, text[:4000])
+        return text.casefold().split()[:300]
+    return difflib.SequenceMatcher(None, words(a), words(b), autojunk=False).ratio()
 
 def detect_loop(record: TaskRecord, *, max_attempts: int, same_from: float) -> str:
-    """Why the task must not be tried again, in words and figures, or ''. An attempt
-    that ended in a question is not charged; a crashed one is."""
+    """Why the task must not be tried again, or ''. Crashes count, questions do not."""
     asked = sum(a.status == VerdictStatus.NEEDS_HUMAN for a in record.attempts)
     tries = record.started - asked
     if tries >= max_attempts:
-        failed = itertools.takewhile(lambda a: a.status == VerdictStatus.FAILED,
-                                     reversed(record.attempts))
-        pairs = itertools.pairwise(a.evidence for a in failed)
-        alike = min((similarity(old, new) for new, old in pairs), default=0.0)
+        errors = [a.evidence for a in record.attempts
+                  if a.status == VerdictStatus.FAILED]
+        alike = min(map(similarity, errors, errors[1:]), default=0.0)
         told = f", errors {alike:.0%} alike" if alike >= same_from else ""
         return f"failed {tries} times, limit {max_attempts}{told}"
     if asked >= MAX_QUESTIONS:
         return f"asked {asked} questions, limit {MAX_QUESTIONS}"
     return ""
 
-def retry_delay_s(
-    outage: Outage, outages: int, *, now: float, delays_s: Sequence[float],
-    limit_wait_s: float,
-) -> float | None:
+def retry_delay_s(outage: Outage, outages: int, *, now: float,
+                  delays_s: Sequence[float], limit_wait_s: float) -> float | None:
     """Seconds to wait after the n-th outage in a row; None: not within what may be
     waited. `now` and the reset are seconds since the epoch."""
     if outages > len(delays_s):
@@ -1161,7 +1107,6 @@ def retry_delay_s(
     return wait_s if wait_s <= limit_wait_s else None
 
 # ==== 9. System ports =============================================== [shell]
-
 class Clock:
     """Time. Durations come from `monotonic`, stamps from `now`; never mixed."""
     monotonic = staticmethod(time.monotonic)
@@ -1176,16 +1121,12 @@ def stamp(moment: datetime) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A process to start. `stdin` is written to it, then closed; with `holds_stdin`
-    only when it shall stop (dead-man switch)."""
+    """A process to start. `holds_stdin`: its stdin is closed only to stop it."""
     argv: tuple[str, ...]
     cwd: Path | None = None
     env: Mapping[str, str] | None = None
     stdin: bytes = b""
     holds_stdin: bool = False
-
-    def __str__(self) -> str:
-        return shlex.join(self.argv)
 
 @dataclass(frozen=True, slots=True)
 class ProcessResult:
@@ -1216,89 +1157,85 @@ class Listener:
     `on_tick` comes each second at least; `is_done` true starts the result grace."""
     def __init__(self, limit: int) -> None:
         self.out, self.err, self._limit = bytearray(), bytearray(), limit
-
     def on_output(self, data: bytes) -> None:
         self.out += data
         del self.out[:-self._limit]
-
     def on_error(self, data: bytes) -> None:
         self.err += data
         del self.err[:-self._limit]
-
     def on_tick(self, idle_s: float) -> None: ...
     def is_done(self) -> bool:
         return False
 
+def _started(command: Command, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            command.argv, bufsize=0, cwd=command.cwd, env=command.env, stderr=stderr,
+            stdin=subprocess.PIPE, stdout=stdout, start_new_session=True)
+    except OSError as error:
+        told = shortened(shlex.join(command.argv), 160)
+        raise SandboxError(f"cannot start {command.argv[0]!r}: {error.strerror}",
+                           hint=f"is it on PATH? {told}") from None
+
+_Tell = Callable[[bytes], None]
+
 class _Child:
-    """One started command in a session of its own. Both pipes are always drained and
-    stdin is written as it is taken, so no side ever waits for the other."""
-    def __init__(self, command: Command, listener: Listener, clock: Clock) -> None:
+    """One started command, a thread at each pipe: no side ever waits for another."""
+    def __init__(self, command: Command, listener: Listener, clock: Clock,
+                 secrets: Sequence[bytes]) -> None:
         self._command, self._listener, self._clock = command, listener, clock
-        self._to_write = memoryview(command.stdin)
-        has_pipe = command.stdin or command.holds_stdin
-        self._popen = p = subprocess.Popen(
-            command.argv, cwd=command.cwd, env=command.env, bufsize=0,
-            stdin=subprocess.PIPE if has_pipe else subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        self._popen = p = _started(command, subprocess.PIPE, subprocess.PIPE)
         self.started_at = self._last_output_at = clock.monotonic()
-        self._has_output, self._done_at = False, float("inf")
-        self._selector, self.open_pipes = selectors.DefaultSelector(), 2
-        for pipe, tell in ((p.stdin, None), (p.stdout, listener.on_output),
-                           (p.stderr, listener.on_error)):
-            if pipe:
-                os.set_blocking(pipe.fileno(), False)
-                with contextlib.suppress(AttributeError, OSError):   # a mere speed-up
-                    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-                events = selectors.EVENT_READ if tell else selectors.EVENT_WRITE
-                self._selector.register(pipe, events, tell)
+        self._done_at, self.open_pipes = float("inf"), 2
+        # few, and then the threads wait: what is not yet told stays in the pipe
+        self._heard = queue.Queue[tuple[_Tell, bytes, bool]](2)
+        for act, *about in ((self._write,), (self._read, p.stdout, listener.on_output),
+                            (self._read, p.stderr, listener.on_error)):
+            threading.Thread(target=act, args=(Redactor(secrets), *about),
+                             daemon=True).start()
+
+    def _write(self, _: Redactor) -> None:
+        left, stdin = memoryview(self._command.stdin), self._popen.stdin
+        with contextlib.suppress(OSError, ValueError):   # nobody reads it any more
+            while left and stdin:
+                left = left[os.write(stdin.fileno(), left):]
+        if stdin and not self._command.holds_stdin:
+            stdin.close()
+
+    def _read(self, safe: Redactor, pipe: IO[bytes], tell: _Tell) -> None:
+        with contextlib.suppress(AttributeError, OSError):   # a mere speed-up
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        with contextlib.suppress(OSError, ValueError):           # given up meanwhile
+            while data := os.read(pipe.fileno(), PIPE_BYTES):
+                self._heard.put((tell, safe.feed(data), True))
+            self._heard.put((tell, safe.feed(b""), False))
 
     @property
     def exit_code(self) -> int | None:
         return self._popen.poll()
 
     def _pump(self, wait_s: float) -> None:
-        """Move what moves. The end of a process whose pipes others hold is only seen by
-        looking: twice a second."""
-        wait_s = min(wait_s, 0.5)
-        if not self._selector.get_map():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._popen.wait(wait_s)
-            return
-        for key, _ in self._selector.select(wait_s):
-            if key.data:
-                self._read(key.fd, key.data)
-            else:
-                self._write(key.fd)
+        """Tell what was heard; look twice a second, since others may hold the pipes."""
+        with contextlib.suppress(queue.Empty, subprocess.TimeoutExpired):
+            if not self.open_pipes:
+                self._popen.wait(min(wait_s, 0.5))
+                return
+            tell, data, is_open = self._heard.get(timeout=min(wait_s, 0.5))
+            self.open_pipes -= not is_open
+            if is_open:
+                self._last_output_at = self._clock.monotonic()
+            if data:
+                tell(data)
+            if self._done_at == float("inf") and self._listener.is_done():
+                self._done_at = self._last_output_at
 
-    def _read(self, pipe: int, tell: Callable[[bytes], None]) -> None:
-        if not (data := os.read(pipe, PIPE_BYTES)):
-            self._selector.unregister(pipe)
-            self.open_pipes -= 1
-            return
-        self._last_output_at, self._has_output = self._clock.monotonic(), True
-        tell(data)
-        if self._done_at == float("inf") and self._listener.is_done():
-            self._done_at = self._last_output_at
-
-    def _write(self, stdin: int) -> None:
-        try:
-            self._to_write = self._to_write[os.write(stdin, self._to_write):]
-        except BrokenPipeError:          # it stopped reading; its exit says why
-            self._to_write = memoryview(b"")
-        if not self._to_write:
-            self._selector.unregister(stdin)
-            if self._popen.stdin and not self._command.holds_stdin:
-                self._popen.stdin.close()
-
-    def watch(self, *, timeout_s: float, idle_s: float, start_s: float) -> Ended:
+    def watch(self, *, timeout_s: float, idle_s: float) -> Ended:
         """Pump until the process ends or a deadline passes; say which."""
         while self.exit_code is None:
             now = self._clock.monotonic()
-            silence_s, silent = ((idle_s, Ended.IDLE) if self._has_output
-                                 else (start_s, Ended.NO_START))
             next_at, reason = min((self._done_at + RESULT_GRACE_S, Ended.GRACE),
                                   (self.started_at + timeout_s, Ended.TIMEOUT),
-                                  (self._last_output_at + silence_s, silent))
+                                  (self._last_output_at + idle_s, Ended.IDLE))
             if now >= next_at:
                 return reason
             self._listener.on_tick(now - self._last_output_at)
@@ -1311,11 +1248,8 @@ class _Child:
             self._pump(left_s)
 
     def stop(self) -> None:
-        """SIGINT: the CLI answers with a result event that tells the cost so far. For a
-        held stdin (another machine's process) its closing says the same."""
+        """SIGINT, or the end of a held stdin: the CLI still tells what it cost."""
         if self._command.holds_stdin and self._popen.stdin:
-            with contextlib.suppress(KeyError):          # all was written
-                self._selector.unregister(self._popen.stdin)
             self._popen.stdin.close()
         else:
             self._popen.send_signal(signal.SIGINT)
@@ -1325,29 +1259,21 @@ class _Child:
         """Kill the whole group, close the pipes, reap."""
         with self._popen, contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._popen.pid, signal.SIGKILL)
-        self._selector.close()
 
 class Processes:
-    """The only door to other processes, the local sandbox's guard apart."""
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    """The only door to other processes; takes secrets out of what they print."""
+    def __init__(self, clock: Clock, secrets: Sequence[bytes] = ()) -> None:
+        self._clock, self._secrets = clock, secrets
 
     def stream(self, command: Command, *, listener: Listener, timeout_s: float,
-               idle_s: float = float("inf"), start_s: float = float("inf"),
-               ) -> ProcessResult:
-        """Run `command` to its end and leave no process of its group. Deadlines: in
-        all, of a silence, of the first output. A signal stops it too and is handed
-        back, so that nothing said is lost. Raises SandboxError if it cannot start."""
-        try:
-            child = _Child(command, listener, self._clock)
-        except OSError as error:
-            raise SandboxError(f"cannot start {command.argv[0]!r}: {error.strerror}",
-                               hint=f"is it on PATH? {shortened(str(command), 160)}"
-                               ) from None
+               idle_s: float = float("inf")) -> ProcessResult:
+        """Run `command` to its end or a deadline (in all, of a silence); leave nothing
+        of its group. A signal that stops it is handed back."""
+        child = _Child(command, listener, self._clock, self._secrets)
         ended, interrupted = Ended.STOPPED, None
         with contextlib.closing(child):
             try:
-                ended = child.watch(timeout_s=timeout_s, idle_s=idle_s, start_s=start_s)
+                ended = child.watch(timeout_s=timeout_s, idle_s=idle_s)
             except Interrupted as signalled:
                 interrupted = signalled
             if ended is not Ended.EXIT:
@@ -1367,11 +1293,27 @@ class Processes:
             raise done.interrupted
         return dataclasses.replace(done, stdout=bytes(kept.out), stderr=bytes(kept.err))
 
+class Held:
+    """A command that ends when we do, or close it; `told` is its first line, or ''."""
+    def __init__(self, command: Command) -> None:
+        ours, its = os.pipe()
+        with open(ours, "rb", buffering=0) as out:
+            try:
+                self._popen = _started(command, its, subprocess.DEVNULL)
+            finally:
+                os.close(its)
+            ready = select.select([out], [], [], STEP_TIMEOUT_S)[0]
+            self.told = out.readline().decode().strip() if ready else ""
+
+    def close(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.communicate(timeout=STEP_TIMEOUT_S)
+        self._popen.kill()
+
 class Terminal:
     """The person at the keyboard, if there is one."""
     def __init__(self, stdin: TextIO, stdout: TextIO) -> None:
         self._in, self._out = stdin, stdout
-
     def is_interactive(self) -> bool:
         return self._in.isatty() and self._out.isatty()
 
@@ -1390,8 +1332,7 @@ def install_signal_handlers() -> None:
             signal.signal(number, handler)
 
 def process_start(pid: int) -> str:
-    """When a living process started, in a form that no later one with its number has;
-    '' if there is none, or but a zombie. From /proc, else from ps (macOS)."""
+    """When a living process (no zombie) started, else ''; from /proc or ps (macOS)."""
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return "" if fields[0] in b"ZX" else fields[19].decode()
@@ -1402,7 +1343,6 @@ def process_start(pid: int) -> str:
     return shown.stdout.decode().strip()
 
 # ==== 10. Sandboxes ================================================= [shell]
-
 # Git as we run it in a workspace that an agent has had in its hands: no hooks, no
 # helpers in the background, no lock of a git that was killed. Scripts get $1 (the
 # branch), $2, ... A variable, since a function would cost a fork a call.
@@ -1454,10 +1394,8 @@ cd "$2"
 [ -z "$1" ] || git config --remove-section remote.origin      # its branches stay
 git config user.name ktrdr_orchestrator
 git config user.email orchestrator@localhost
-git symbolic-ref -q HEAD || git checkout -q -B main
 git rev-parse -q --verify HEAD || git commit -q --allow-empty -m Start
 git update-ref refs/orchestrator/start HEAD
-git symbolic-ref refs/orchestrator/home "$(git symbolic-ref HEAD)"
 """
 
 class Sandbox:
@@ -1468,15 +1406,12 @@ class Sandbox:
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
-
     def open(self) -> None: ...
     def sweep(self) -> None: ...
     def command(self, argv: Sequence[str]) -> Command:
         raise NotImplementedError
-
     def agent_command(self, argv: Sequence[str], prompt: bytes) -> Command:
         return dataclasses.replace(self.command(argv), stdin=prompt)
-
     def close(self) -> None:
         self.sweep()
 
@@ -1489,46 +1424,45 @@ class Sandbox:
 
     def _git(self, what: str, script: str, *args: str) -> str:
         done = self.sh(script, *args).checked(f"{what} in {self.name} failed",
-                                              hint="git status in the workspace")
+                                              hint="sandbox init, if it is docker's")
         return done.stdout.decode(errors="replace").strip()
-
     def start_branch(self, branch: str, base: str, *, kept_as: str) -> str:
-        """A new `branch` from `base` (HEAD: what was cloned); return its commit. What
-        was called so before stays reachable as `kept_as`."""
+        """A new `branch` from `base` (HEAD: what was cloned), an old one `kept_as`."""
         start = "refs/orchestrator/start" if base == "HEAD" else base
         return self._git(f"new branch {branch}", _NEW_BRANCH, branch, start, kept_as)
-
     def checkpoint(self, branch: str, base: str, *, ref: str, message: str) -> str:
         """Commit all that is uncommitted; return the commit the task ends with."""
         return self._git("the checkpoint", _CHECKPOINT, branch, base, ref, message)
-
     def rollback(self, branch: str, base: str, *, ref: str, message: str) -> None:
         """Go back to `base`; what is taken back stays reachable as `ref`."""
         self._git("the rollback", _ROLLBACK, branch, base, ref, message)
-
     def has_commit(self, commit: str) -> bool:
         return self.sh('git cat-file -e "$1^{commit}"', commit).exit_code == 0
+    def recover(self, branch: str, commit: str) -> None:
+        """A repository that has `branch` at `commit`, around the files as they are."""
+        raise SandboxError(f"{self.name} lacks commit {commit[:10]} of {branch}",
+                           hint="was the workspace removed? run --fresh starts over")
 
-    def bundle(self, branch: str, without: str) -> bytes:
-        """The branch as a git bundle, less what `without` reaches ('' = whole)."""
-        script = _GIT + '$git bundle create -q - "refs/heads/$1" ${2:+"^$2"}'
-        done = self.sh(script, branch, without, timeout_s=SLOW_TIMEOUT_S,
+    def bundle(self, commit: str, without: str) -> bytes:
+        """BUNDLED at the commit, less what `without` reaches ('' = whole)."""
+        script = 'git update-ref "$3" "$1"; git bundle create -q - "$3" ${2:+"^$2"}'
+        done = self.sh(script, commit, without, BUNDLED, timeout_s=SLOW_TIMEOUT_S,
                        max_bytes=sys.maxsize)
-        return done.checked(f"no bundle of {branch}", hint="git log there").stdout
+        return done.checked(f"no bundle of {commit}", hint="git log there").stdout
 
-# Kill whatever was started with $1 in its environment: that proves whose it is.
+# Kills what was started with $1 in its environment: that proves whose it is.
 _KILL_MARKED = """
 while pids=$(grep -lszxF -e "$1" /proc/[0-9]*/environ | cut -d/ -f3); [ "$pids" ]; do
     kill -9 $pids
     sleep 0.02
 done
 """
-# Ends a run's processes when the run is killed: waits for a line from a pipe whose
-# other end only the run holds. Its parent ends at once: it is no child to be swept.
+# Ends a run's processes when the run is killed: waits for the end of a pipe that only
+# the run holds. Its parent ends at once: it is no child to be swept.
 _GUARD = f"""
 trap '' INT TERM HUP
 exec 3<&0
-{{ read -r _ <&3 || {{ {_KILL_MARKED} }} }} &
+{{ read -r _ <&3; {_KILL_MARKED} }} >&2 &
 """
 
 class LocalSandbox(Sandbox):
@@ -1548,22 +1482,18 @@ class LocalSandbox(Sandbox):
             MARK: str(self.folder), f"{MARK}_RUN": run,
             # should .git vanish: not the repository that the state directory is in
             "GIT_CEILING_DIRECTORIES": str(self.folder.parent)}
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._guard: Held | None = None
 
     def open(self) -> None:
-        """Adopts orphans, so that nothing an agent starts can slip away from `sweep`:
-        not with nohup, setsid or a double fork."""
+        """Adopts orphans, so that nothing an agent starts slips away from `sweep`."""
         import ctypes  # 8 ms that only a run has to pay
 
         mark = f"{MARK}={self.folder}"
         self._host("timeout", "10", "sh", "-c", _KILL_MARKED, "sweep", mark).checked(
             f"what an earlier run left in {self.name} does not end",
             hint=f"grep -lsz {mark} /proc/*/environ")
-        self._guard = subprocess.Popen(
-            ("sh", "-c", _GUARD, "guard", f"{MARK}_RUN={self._env[f'{MARK}_RUN']}"),
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env=self._host_env, start_new_session=True)
-        self._guard.wait()
+        self._guard = Held(Command(env=self._host_env, argv=(
+            "sh", "-c", _GUARD, "guard", f"{MARK}_RUN={self._env[f'{MARK}_RUN']}")))
         if sys.platform != "linux" or ctypes.CDLL(None).prctl(
                 PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise SandboxError("the local sandbox needs Linux", hint="--sandbox docker")
@@ -1580,13 +1510,12 @@ class LocalSandbox(Sandbox):
     def _host(self, *argv: str) -> ProcessResult:
         return self._processes.run(Command(argv=argv, env=self._host_env),
                                    timeout_s=SLOW_TIMEOUT_S)
-
     def command(self, argv: Sequence[str]) -> Command:
         return Command(argv=tuple(argv), cwd=self.folder, env=self._env)
 
     def sweep(self) -> None:
-        """Kills our children, then theirs, who are ours then, until there are none."""
-        me, until = str(os.getpid()).encode(), self._clock.monotonic() + 10.0
+        """Freezes our descendants, so that none replaces another, and kills them."""
+        me, until = os.getpid(), self._clock.monotonic() + 10.0
         while True:
             try:
                 while os.waitpid(-1, os.WNOHANG)[0]:
@@ -1596,60 +1525,73 @@ class LocalSandbox(Sandbox):
             if self._clock.monotonic() > until:
                 raise SandboxError("what the agent started does not end",
                                    hint="look at it with ps, then start again")
+            parents, ours = dict[int, int](), set[int]()
             for stat in Path("/proc").glob("[0-9]*/stat"):
                 with contextlib.suppress(OSError):       # it ended meanwhile
-                    if stat.read_bytes().rpartition(b")")[2].split()[1] == me:
-                        os.kill(int(stat.parent.name), signal.SIGKILL)
+                    fields = stat.read_bytes().rpartition(b")")[2].split()
+                    parents[int(stat.parent.name)] = int(fields[1])
+            while more := {p for p, of in parents.items() if of in {me, *ours}} - ours:
+                ours |= more
+            stop_kill = signal.SIGSTOP, signal.SIGKILL
+            for number, pid in itertools.product(stop_kill, ours):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
             self._clock.sleep(0.002)
 
     def close(self) -> None:
         self.sweep()
         if self._guard:
-            self._guard.communicate(b"all is well\n")    # ignores one that was killed
+            self._guard.close()
 
 _AGENT_VARIABLES = re.compile(r"(ANTHROPIC|CLAUDE_CODE)_\w+")
+_OF_A_GATEWAY = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL")   # its overlay sets them
 _UP = ("up", "-d", "--no-build")
-_SUPERVISE = ("python3", "/usr/local/lib/sandbox/supervise.py", "--")
-# `kill -9 -1` spares PID 1 and its caller and fails once nobody else is left; it needs
-# no process, so a full process table does not stop it.
-_KILL_ALL = """
-for round in 1 2 3 4 5 6 7 8 9 10; do kill -9 -1 2>/dev/null || exit 0; sleep 0.05; done
-exit 1
-"""
-_FILL = """
-if git rev-parse -q --verify HEAD >/dev/null 2>&1; then echo kept; exit; fi
-find . -mindepth 1 -delete
-if [ -z "$1" ]; then cat >/tmp/repo.bundle; set -- /tmp/repo.bundle "$2"; fi
-""" + _CLONE + "rm -f /tmp/repo.bundle; echo cloned"
-_RESET = _GIT + """
-home=$($git symbolic-ref refs/orchestrator/home)
-set -- "${home#refs/heads/}" refs/orchestrator/start
-rm -f .git/index
-""" + _SWITCH + """
-$git clean -ffdxq
-find /env/logs -mindepth 1 -delete
-test -z "$($git status --porcelain --ignored)"
+_JANITOR = ("run", "--rm", "--no-deps")
+_RECREATE = (*_UP, "--force-recreate", "-t", "0", "sandbox")
+INSIDE = "/usr/local/lib/sandbox"        # our scripts in the image
+# For bash. One system call ends all processes of the agent's user but PID 1 and its
+# caller, and needs no new one, so a full process table does not stop it. Then a look.
+_END_ALL = """
+left() {
+    for file in /proc/[0-9]*/status; do
+        case $file in /proc/1/*|/proc/$$/*) continue; esac
+        while read -r key uid _; do
+            [ "$key $uid" != "Uid: $UID" ] || return 0
+        done <"$file"
+    done 2>/dev/null
+    return 1
+}
+for round in {1..10}; do
+    kill -9 -1 2>/dev/null
+    left || break
+    sleep 0.05
+done
+left && exit 9
+read -r stat </proc/1/stat
+set -- ${stat##*) }
+echo "held since ${20}"        # as hold.sh says: another start is another container
 """
 
 class DockerSandbox(Sandbox):
-    """Service `sandbox` of a compose project; engine and context are compose's own."""
+    """Service `sandbox` of a compose project; engine and context are compose's own.
+    Its lock is a process in it, not the agent's, that lives as long as we do."""
     permissions = ("--dangerously-skip-permissions",)
+    _holder: Held | None
 
-    def __init__(self, processes: Processes, *, compose_files: str,
-                 environ: Mapping[str, str]) -> None:
+    def __init__(self, processes: Processes, clock: Clock, *, compose_files: str,
+                 environ: Mapping[str, str], key_by: str = "descriptor") -> None:
         super().__init__(processes)
-        self._env, self.name = environ, f"docker sandbox {compose_files}"
+        self._env, self._clock, self._key_by = environ, clock, key_by
+        self.name, self._holder = f"docker sandbox {compose_files}", None
         files = (("-f", file) for file in compose_files.split(os.pathsep))
         self._compose = ("docker", "compose", *itertools.chain(*files))
+        other = {"descriptor": KEYS, "gateway": (*KEYS, *_OF_A_GATEWAY)}.get(key_by, ())
+        self._keys = {name: environ[name].encode() for name in KEYS
+                      if name in other and environ.get(name)}
         # the names only: compose takes the values, so that no argv shows a secret
-        names = sorted(filter(_AGENT_VARIABLES.fullmatch, environ))
-        self.secrets = tuple(itertools.chain(*(("-e", name) for name in names)))
-
-    @property
-    def project(self) -> str:
-        """Names the containers and volumes: one sandbox each."""
-        names = map(self._env.get, ("COMPOSE_PROJECT_NAME", "SANDBOX_PROJECT"))
-        return next(filter(None, names), "ktrdr-sandbox")
+        self.variables = tuple(itertools.chain(*(
+            ("-e", name) for name in sorted(environ)
+            if _AGENT_VARIABLES.fullmatch(name) and name not in other)))
 
     def argv(self, *args: str) -> tuple[str, ...]:
         return (*self._compose, *args)
@@ -1659,42 +1601,109 @@ class DockerSandbox(Sandbox):
         """Run `docker compose ARGS`. Raises SandboxError if it fails."""
         command = Command(argv=self.argv(*args), env=self._env, stdin=stdin)
         return self._processes.run(command, timeout_s=timeout_s).checked(
-            str(command), hint=f"docker info; {PROGRAM} sandbox init")
+            f"docker compose {shlex.join(args)}",
+            hint=f"docker info; {PROGRAM} sandbox init")
+
+    def janitor(self, *args: str, stdin: bytes = b"") -> Mapping[str, Any]:
+        """What workspace.py did in a container of its own. Raises SandboxError."""
+        done = self.compose(*_JANITOR, "-T", "janitor", "workspace.py", *args,
+                            stdin=stdin, timeout_s=SLOW_TIMEOUT_S)
+        return _object(json.loads(done.stdout.splitlines()[-1]))
+
+    def hold(self) -> bool:
+        """Take the sandbox's lock; False: it does not run. Raises LockHeldError."""
+        self.release()
+        self._holder = Held(Command(env=self._env, argv=self.argv(
+            "exec", "-T", "-u", "nobody", "sandbox", f"{INSIDE}/hold.sh",
+            f"PID {os.getpid()} on {os.uname().nodename}")))
+        if self._holder.told.startswith("in use"):
+            raise LockHeldError(f"{self.name} is {self._holder.told}",
+                                hint=f"wait for it; {PROGRAM} status")
+        return self._holder.told.startswith("held")
+
+    def release(self) -> None:
+        if self._holder:
+            self._holder.close()
+
+    def bring_up(self, delays_s: Sequence[float] = (0,)) -> None:
+        """Hold it, after a start or a new container if it was dead, paused or gone."""
+        for delay_s, step in itertools.product(delays_s, ((), _UP, _RECREATE)):
+            self._clock.sleep(0 if step else delay_s)
+            problem = SandboxError(f"{self.name} does not stay up", hint="docker ps -a")
+            try:
+                if step:
+                    self.compose(*step)
+                if self.hold():
+                    for key in self._keys.values() if self._key_by == "gateway" else ():
+                        self.compose("exec", "-T", "gateway", "set-key", stdin=key)
+                    return
+            except SandboxError as error:
+                problem = error
+        raise problem
 
     def open(self) -> None:
-        self.compose(*_UP)
+        self.bring_up()
         self.sweep()
-        self.sh("test -d .git").checked("/workspace in the sandbox holds no repository",
-                                        hint=f"{PROGRAM} sandbox init")
-
+    def close(self) -> None:
+        with contextlib.suppress(SandboxLostError):      # so nothing lives in it
+            self.sweep()
+        self.release()
     def command(self, argv: Sequence[str]) -> Command:
         return Command(argv=self.argv("exec", "-T", "sandbox", *argv), env=self._env)
 
     def agent_command(self, argv: Sequence[str], prompt: bytes) -> Command:
-        """Under supervise.py, which reads the prompt's length first and ends the agent
-        when our end of stdin closes."""
-        inside = ("exec", "-T", *self.secrets, "sandbox", *_SUPERVISE, *argv)
-        return Command(argv=self.argv(*inside), env=self._env, holds_stdin=True,
-                       stdin=b"%d\n%s" % (len(prompt), prompt))
+        """Under supervise.py, which tells what it reads and when it stops the agent."""
+        parts = {"prompt": prompt, **(self._keys if self._key_by != "gateway" else {})}
+        head = " ".join(f"{name}={len(part)}" for name, part in parts.items())
+        return Command(argv=self.argv(
+            "exec", "-T", *self.variables, "sandbox", "python3",
+            f"{INSIDE}/supervise.py", "--", *argv), env=self._env, holds_stdin=True,
+            stdin=b"".join((head.encode(), b"\n", *parts.values())))
 
     def sweep(self) -> None:
-        if self.sh(_KILL_ALL).exit_code != 0:
-            self.compose("restart", "-t", "0", "sandbox")
+        """Raises SandboxLostError, when it runs again, if it died in the meantime."""
+        done = self._processes.run(self.command((
+            f"{INSIDE}/untraceable-bash", "-c", _END_ALL)), timeout_s=STEP_TIMEOUT_S)
+        if self._holder and done.stdout.decode().strip() == self._holder.told:
+            return
+        is_lost = done.exit_code in (0, 1)   # another one, or docker finds none
+        if not is_lost:              # no process to be had for the script, or too slow
+            self.compose(*_RECREATE)
+        self.bring_up(REVIVAL_DELAYS_S)
+        if is_lost:
+            raise SandboxLostError(f"{self.name} went away and was brought back",
+                                   hint="docker compose logs; docker events")
 
-    def clone(self, source: str, bundle: bytes = b"") -> str:
-        """Fill /workspace from a URL, or '' and a bundle; `kept` if it was filled."""
-        done = self.compose("exec", "-T", "sandbox", "sh", "-euc", _FILL, "fill",
-                            source, ".", stdin=bundle, timeout_s=SLOW_TIMEOUT_S)
-        return done.stdout.decode().split()[-1]
+    def _git(self, what: str, script: str, *args: str) -> str:
+        """Once more, around a repository made anew, should the agent's not do."""
+        try:
+            return super()._git(what, script, *args)
+        except SandboxError:
+            if not re.fullmatch("[0-9a-f]{40,64}", args[1]):
+                raise
+            self.sweep()
+            self.recover(*args[:2])
+            return super()._git(what, script, *args)
 
-    def reset(self) -> str:
-        """Back to the commit it was cloned at, logs cleared; models, strategies and the
-        branches of milestones stay. Returns the commit."""
-        self.open()
-        return self._git("the reset", _RESET)
+    def recover(self, branch: str, commit: str) -> None:
+        self.janitor("repair", branch, commit)
+
+    def checkpoint(self, branch: str, base: str, *, ref: str, message: str) -> str:
+        """And a copy where the agent cannot reach it."""
+        commit = super().checkpoint(branch, base, ref=ref, message=message)
+        self.janitor("save")
+        return commit
+
+    def reset(self) -> Mapping[str, Any]:
+        """A new container; the volumes are cleared by workspace.py, which proves it."""
+        self.compose(*_RECREATE)
+        self.bring_up()
+        report = self.janitor("reset")
+        if report.get("trash"):
+            self.compose(*_JANITOR, "-d", "janitor", "workspace.py", "sweep")
+        return report
 
 # ==== 11. Agent ===================================================== [shell]
-
 @contextlib.contextmanager
 def disk(path: Path) -> Iterator[None]:
     """What the disk refuses within becomes a StateError."""
@@ -1730,21 +1739,17 @@ class Transcript(Listener):
     def on_error(self, data: bytes) -> None:
         self._append(".stderr", data)
         super().on_error(data)
-
     def on_tick(self, idle_s: float) -> None:
         self._on_silence(idle_s)
-
     def is_done(self) -> bool:
-        return self._decoder.has_result
+        return self._decoder.seen.has_result
 
     def finish(self, done: ProcessResult) -> AgentResult:
-        """Write the last line and fold all of it."""
+        """Write the last line, which tells how the call ended, and fold all of it."""
         end = json.dumps({"type": END_EVENT, "ended": done.ended, "exit_code":
                           done.exit_code, "duration_s": round(done.duration_s, 3)})
-        self._append(".ndjson", f"{'' if self._ends_line else chr(10)}{end}\n".encode())
-        return self._decoder.finish(
-            ended=done.ended, exit_code=done.exit_code, duration_s=done.duration_s,
-            stderr_tail=self.err.decode("utf-8", "replace").strip())
+        self.on_output(f"{'' if self._ends_line else chr(10)}{end}\n".encode())
+        return self._decoder.finish(self.err.decode("utf-8", "replace").strip())
 
 def read_transcript(path: Path, chunks: Iterable[bytes]) -> AgentResult:
     """Fold a recorded stream as a run does; stderr is taken from NAME.stderr."""
@@ -1753,11 +1758,11 @@ def read_transcript(path: Path, chunks: Iterable[bytes]) -> AgentResult:
         decoder.feed(chunk)
     with contextlib.suppress(OSError):
         stderr = path.with_suffix(".stderr").read_bytes()[-STDERR_TAIL_BYTES:]
-    return decoder.finish(stderr_tail=stderr.decode("utf-8", "replace").strip())
+    return decoder.finish(stderr.decode("utf-8", "replace").strip())
 
 class ClaudeAgent:
-    """`claude -p` in the sandbox, its stream kept on disk. A signal that interrupts a
-    call comes back beside its result, so that what it cost is recorded first."""
+    """`claude -p` in the sandbox, its stream kept on disk. What interrupts a call (a
+    signal, a sandbox lost) comes back beside its result, whose cost is recorded."""
     def __init__(self, sandbox: Sandbox, processes: Processes, config: Config, *,
                  on_tool: Callable[[str], None],
                  on_silence: Callable[[float], None]) -> None:
@@ -1766,7 +1771,8 @@ class ClaudeAgent:
 
     def ask(self, prompt: str, *, schema: Mapping[str, Any], transcript: Path,
             session_id: str = "", model: str = "", timeout_s: float | None = None,
-            budget_usd: float | None = None) -> tuple[AgentResult, Interrupted | None]:
+            budget_usd: float = 0.0,
+            ) -> tuple[AgentResult, Interrupted | SandboxLostError | None]:
         """In a fresh session, or in `session_id`. Ends with nothing of it alive. The
         prompt goes in on stdin: argv is seen by all and holds 128 kB."""
         config, sandbox = self._config, self._sandbox
@@ -1775,21 +1781,22 @@ class ClaudeAgent:
                 "--max-turns", str(config.max_turns), *sandbox.permissions]
         options = {"--model": model or config.model, "--resume": session_id}
         argv += [part for pair in options.items() if pair[1] for part in pair]
-        if budget_usd is not None:
+        if budget_usd:
             argv += ["--max-budget-usd", f"{budget_usd:.4f}"]
         heard = Transcript(transcript, self._on_tool, self._on_silence)
         done = self._processes.stream(
             sandbox.agent_command(argv, prompt.encode()), listener=heard,
-            timeout_s=timeout_s or config.task_timeout_s, idle_s=config.idle_timeout_s,
-            start_s=min(START_TIMEOUT_S, config.idle_timeout_s))
-        sandbox.sweep()
-        return heard.finish(done), done.interrupted
+            timeout_s=timeout_s or config.task_timeout_s, idle_s=config.idle_timeout_s)
+        stopped: Interrupted | SandboxLostError | None = done.interrupted
+        try:
+            sandbox.sweep()
+        except SandboxLostError as lost:
+            stopped = stopped or lost
+        return heard.finish(done), stopped
 
 # ==== 12. State, lock, ledger ======================================= [shell]
-
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's content: all of it is on the disk, or nothing changed; then
-    raises StateError."""
+    """Replace a file's content, on the disk; or raise StateError, nothing changed."""
     temporary = path.with_name(f".{path.name}.tmp")
     with disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1814,9 +1821,8 @@ def _record_from(raw: Mapping[str, Any]) -> TaskRecord:
         "question": asked and Question(**asked | {"options": tuple(asked["options"])})})
 
 class StateStore:
-    """RunState in `<milestone>_state.json`: a JSON object of its fields, the tasks as
-    `task_results`, a line each. `completed_tasks`, `failed_tasks`, `e2e_status` and
-    `task_attempt_counts` are for readers such as jq; nothing reads them back."""
+    """RunState in `<milestone>_state.json`, its tasks as `task_results`, a line each.
+    What else stands there, `completed_tasks` say, is for jq and never read back."""
     def __init__(self, state_dir: Path, milestone: str, clock: Clock) -> None:
         self.path = state_dir / f"{milestone}_state.json"
         self.folder = state_dir / milestone
@@ -1827,6 +1833,9 @@ class StateStore:
         """Where the n-th attempt is recorded; `part` counts the calls within it."""
         name = re.sub(r"[^\w.-]", "_", task_id)
         return self.folder / f"{name}-{number}{f'.{part}' if part else ''}.ndjson"
+    def new_transcript(self, task_id: str, number: int) -> Path:
+        parts = (self.transcript(task_id, number, n) for n in itertools.count())
+        return next(path for path in parts if not path.exists())
 
     def save(self, state: RunState) -> RunState:
         """On the disk when this returns; hands the saved state on."""
@@ -1836,29 +1845,24 @@ class StateStore:
         return state
 
     def _encoded(self, state: RunState) -> str:
-        """Lines of unchanged records are used again: a save costs the same in a plan
-        of 500 tasks."""
+        """Unchanged records keep their lines: 500 tasks are saved as fast as three."""
         for i, record in state.tasks.items():
             if i not in self._lines or self._lines[i][0] is not record:
-                line = json.dumps(record, default=dataclasses.asdict)
-                self._lines[i] = record, f"{json.dumps(i)}: {line}"
-        tasks = [(i, r.status) for i, r in state.tasks.items() if i != E2E_ID]
+                line = json.dumps({i: record}, default=dataclasses.asdict)[1:-1]
+                self._lines[i] = record, line
+        tasks = {i: record.status for i, record in state.tasks.items()}
         head = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)} | {
-            "version": STATE_VERSION,
-            "completed_tasks": [i for i, s in tasks if s is TaskStatus.COMPLETED],
-            "failed_tasks": [i for i, s in tasks if s is TaskStatus.FAILED],
-            "e2e_status": state.tasks[E2E_ID].status if E2E_ID in state.tasks else None,
+            "version": STATE_VERSION, "e2e_status": tasks.pop(E2E_ID, None),
+            "completed_tasks": [i for i in tasks if tasks[i] is TaskStatus.COMPLETED],
+            "failed_tasks": [i for i in tasks if tasks[i] is TaskStatus.FAILED],
             "task_attempt_counts": {i: r.started for i, r in state.tasks.items()}}
-        del head["tasks"]
-        lines = [f"{json.dumps(key)}: {json.dumps(value, default=dataclasses.asdict)}"
-                 for key, value in head.items()]
+        del head["tasks"]                # but for these, encoded below
+        text = json.dumps(head, default=dataclasses.asdict, separators=(",\n", ": "))
         results = ",\n  ".join(self._lines[i][1] for i in state.tasks)
-        return "{" + ",\n".join((*lines, f'"task_results": {{\n  {results}\n}}}}\n'))
+        return f'{text[:-1]},\n"task_results": {{\n  {results}\n}}}}\n'
 
     def load(self) -> RunState | None:
-        """The saved state, None if there is none. Raises StateError for a damaged file
-        or one of another version; the file is left alone."""
-        names = [f.name for f in dataclasses.fields(RunState)]
+        """The saved state, if any. Raises StateError for a damaged file or version."""
         try:
             with disk(self.path):
                 if not os.path.lexists(self.path):
@@ -1866,8 +1870,9 @@ class StateStore:
                 raw = json.loads(self.path.read_bytes())
             if raw["version"] != STATE_VERSION:
                 raise ValueError(f"version {raw['version']!r}, not {STATE_VERSION}")
-            tasks = {i: _record_from(r) for i, r in raw["task_results"].items()}
-            raw |= {"tasks": tasks, "wait": raw["wait"] and Wait(**raw["wait"])}
+            raw["tasks"] = {i: _record_from(r) for i, r in raw["task_results"].items()}
+            raw["wait"] = raw["wait"] and Wait(**raw["wait"])
+            names = (field.name for field in dataclasses.fields(RunState))
             return RunState(**{name: raw[name] for name in names})
         except (ValueError, LookupError, TypeError, AttributeError,
                 RecursionError) as error:
@@ -1886,23 +1891,20 @@ class StateStore:
         return target if found else None
 
 class RunLock:
-    """`<name>.lock` holds PID, start time and host of its owner while one works. It is
-    looked at and changed under flock only; a dead owner, or a stranger with its PID,
-    counts as none."""
-    def __init__(self, path: Path, what: str) -> None:
-        self._path, self._what = path, what
-        self._me: dict[str, Any] = {}
+    """`<name>.lock` holds PID, start time and host of its owner; it is changed under
+    flock only. A dead owner, or a stranger with its PID, counts as none."""
+    def __init__(self, path: Path) -> None:
+        pid, host, self._path = os.getpid(), os.uname().nodename, path
+        self._me = {"pid": pid, "start": process_start(pid), "host": host}
 
     def __enter__(self) -> RunLock:
         """Raises LockHeldError."""
-        pid, host = os.getpid(), os.uname().nodename
-        self._me = {"pid": pid, "start": process_start(pid), "host": host}
         with disk(self._path), self._exclusive():
             if owner := self.owner():
+                told = "milestone {} is in use by PID {pid} on {host}"
                 raise LockHeldError(
-                    f"{self._what} is in use by PID {owner['pid']} on {owner['host']}",
-                    hint=f"{PROGRAM} status shows how far it is"
-                    if owner["host"] == host else f"if that is over: rm {self._path}")
+                    told.format(self._path.stem, **owner), hint=f"{PROGRAM} status"
+                    if owner["host"] == self._me["host"] else f"over? rm {self._path}")
             self._path.write_text(json.dumps(self._me), encoding="utf-8")
         return self
 
@@ -1920,56 +1922,52 @@ class RunLock:
 
     def owner(self) -> Mapping[str, Any] | None:
         """Who owns it and lives, or cannot be asked because it is on another host."""
-        try:
-            owner = json.loads(self._path.read_bytes())
+        # one that is damaged has none: its writer died on the way
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            owner: dict[str, Any] = json.loads(self._path.read_bytes())
             pid, start, host = int(owner["pid"]), owner["start"], owner["host"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None                  # damaged: its writer died on the way
-        lives = bool(start) and process_start(pid) == start
-        return owner if lives or host != os.uname().nodename else None
+            if host != self._me["host"] or (start and process_start(pid) == start):
+                return owner
+        return None
+
+def json_objects(lines: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
+    """What the lines hold; one that is torn, or no object, is passed over."""
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            if found := _object(json.loads(line.decode("utf-8", "replace"))):
+                yield found
 
 class Ledger:
-    """`ledger.jsonl`: one object a line for each agent call of every milestone, only
-    ever appended to."""
+    """`ledger.jsonl`: an object a line for each agent call, only ever appended to."""
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """On the disk when this returns. Raises StateError."""
         line = json.dumps(entry).encode() + b"\n"
-        with disk(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a+b", buffering=0) as file:
-                size = file.seek(0, os.SEEK_END)
-                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-                    line = b"\n" + line      # a torn line of a writer that died
-                if file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(file.fileno())
+        with disk(self._path), self._path.open("a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            is_torn = file.read(1) not in (b"", b"\n")      # by a writer that died
+            file.write(b"\n" * is_torn + line)
+            file.flush()
+            os.fsync(file.fileno())
 
     def entries(self) -> Iterator[Mapping[str, Any]]:
-        """Every sound line, oldest first; a torn one is passed over."""
+        """Every sound line, oldest first."""
         with disk(self._path), contextlib.suppress(FileNotFoundError), \
                 self._path.open("rb") as file:
-            for line in file:
-                with contextlib.suppress(ValueError, RecursionError):
-                    entry = json.loads(line)
-                    if isinstance(entry, dict):
-                        yield entry
+            yield from json_objects(file)
 
 # ==== 13. Telemetry ================================================= [shell]
-
 class Telemetry:
-    """Spans of a run by OTLP over HTTP: milestone > task > claude_invoke. Without an
-    endpoint in OTEL_EXPORTER_OTLP_[TRACES_]ENDPOINT nothing is imported and nothing
-    done. What goes wrong is told once, at the end (promise 9)."""
+    """Spans by OTLP/HTTP: milestone > task > claude_invoke; failures are told once, at
+    the end. Without OTEL_EXPORTER_OTLP_[TRACES_]ENDPOINT nothing is imported."""
     def __init__(self, environ: Mapping[str, str], warn: Callable[[str], None]) -> None:
         self._warn, self._complaint = warn, ""
         self._provider: Any = None
-        if (environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
-                or environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")) \
-                and environ.get("OTEL_TRACES_EXPORTER") != "none" \
-                and environ.get("OTEL_SDK_DISABLED", "").lower() != "true":
+        names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+        if any(map(environ.get, names)) and \
+                environ.get("OTEL_TRACES_EXPORTER") != "none":
             self._guard(self._start)
 
     def _guard(self, act: Callable[[], object]) -> None:
@@ -2002,8 +2000,7 @@ class Telemetry:
 
     @contextlib.contextmanager
     def span(self, name: str, **about: str) -> Iterator[Callable[..., None]]:
-        """A span `orchestrator.NAME` about a milestone or task; yields what takes the
-        attributes that are known at its end."""
+        """A span `orchestrator.NAME`; yields what takes attributes known at its end."""
         if self._provider is None:
             yield lambda _: None
             return
@@ -2024,15 +2021,13 @@ class Telemetry:
             self._warn(f"warning: telemetry was not sent: {self._complaint}")
 
 # ==== 14. Reporting ================================================= [shell]
-
 # An agent's escape sequences, and characters that turn the direction of reading.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 def duration_text(seconds: float) -> str:
     """`0:07`, `12:30`, `1:02:03`."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    text = str(timedelta(seconds=int(seconds)))
+    return text.removeprefix("0:").removeprefix("0")
 
 def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell."""
@@ -2065,19 +2060,15 @@ class Reporter:
 
     def answer(self, text: str) -> None:
         self._write(self._out, f"{_CONTROLS.sub('', text)}\n")
-
-    def progress(self, message: str) -> None:
-        self._tell(f"{self._clock.now():{self._form}} {message}")
-
+    def progress(self, message: str, is_live: bool = False) -> None:
+        self._tell(f"{self._clock.now():{self._form}} {message}", is_live)
     def error(self, error: OrchestratorError) -> None:
         hint = f"\n  try: {error.hint}" if error.hint else ""
         self._tell(f"{PROGRAM}: error: {error}{hint}")
-
     def begin(self, task_id: str, message: str) -> None:
         self.progress(message)
         self._task, self._tools = task_id, 0
         self._since = self._heard_at = self._clock.monotonic()
-
     def tool(self, told: str) -> None:
         self._tools += 1
         self._heard_at = self._clock.monotonic()
@@ -2088,48 +2079,47 @@ class Reporter:
         now = self._clock.monotonic()
         if now - self._heard_at >= (1.0 if self._is_live else HEARTBEAT_S):
             self._heard_at = now
-            told = (f"  {self._task}  working for {duration_text(now - self._since)}, "
-                    f"{self._tools} tool calls, silent for {duration_text(idle_s)}")
-            self._tell(f"{self._clock.now():{self._form}} {told}", self._is_live)
+            self.progress(
+                f"  {self._task}  working for {duration_text(now - self._since)}, "
+                f"{self._tools} tool calls, silent for {duration_text(idle_s)}",
+                self._is_live)
 
 def status_json(state: RunState, plan: Plan | None, is_running: bool) -> dict[str, Any]:
     """A milestone as `status --json` shows it; tasks not begun only with the plan."""
     titles = {step.id: step.title for step in plan.steps} if plan else {}
     records = {i: state.record(i) for i in (*titles, *state.tasks)}
     found = {record.status for record in records.values()}
-    words = ["running"] * is_running + [
-        s for s in (TaskStatus.NEEDS_HUMAN, TaskStatus.FAILED) if s in found]
-    words += ["waiting"] * bool(state.wait)
-    words.append("completed" if found == {TaskStatus.COMPLETED} else "interrupted")
+    words = {"running": is_running, "needs_human": TaskStatus.NEEDS_HUMAN in found,
+             "failed": TaskStatus.FAILED in found, "waiting": state.wait,
+             "completed": found == {TaskStatus.COMPLETED}, "interrupted": True}
     return {
         "milestone": state.milestone, "plan": state.plan_path, "branch": state.branch,
-        "status": words[0], "started_at": state.started_at,
-        "updated_at": state.updated_at, "cost_usd": round(state.cost_usd, 6),
+        "status": next(word for word, applies in words.items() if applies),
+        "started_at": state.started_at, "updated_at": state.updated_at,
+        "cost_usd": round(state.cost_usd, 6),
         "wait": state.wait and dataclasses.asdict(state.wait),
         "tasks": [{
             "id": i, "title": r.title or titles.get(i, ""), "status": r.status,
-            "attempts": r.started, "reason": r.reason,
+            "attempts": r.started, "reason": r.reason, "checkpoint": r.checkpoint,
             "duration_s": round(sum(a.duration_s for a in r.attempts), 3),
             "cost_usd": round(sum(a.cost_usd for a in r.attempts), 6),
-            "checkpoint": r.checkpoint, "question": dataclasses.asdict(r.question)
-            if r.question and r.status is TaskStatus.NEEDS_HUMAN else None,
-        } for i, r in records.items()]}
+            "question": dataclasses.asdict(r.question) if r.question and
+            r.status is TaskStatus.NEEDS_HUMAN else None} for i, r in records.items()]}
 
 def status_text(shown: Mapping[str, Any]) -> str:
     """`status_json` for a person."""
     rows = [(t["id"], t["status"], str(t["attempts"]), duration_text(t["duration_s"]),
              f"${t['cost_usd']:.2f}", t["title"]) for t in shown["tasks"]]
-    lines = [f"{shown['milestone']}: {shown['status']}, ${shown['cost_usd']:.2f}, "
-             f"branch {shown['branch']}",
+    lines = ["{milestone}: {status}, ${cost_usd:.2f}, branch {branch}".format(**shown),
              table_text(("task", "status", "attempts", "time", "cost", "title"), rows)]
     for task in shown["tasks"]:
         if task["question"]:
             lines.append(question_text(task["id"], task["question"]))
-        elif task["reason"] and task["status"] == "failed":
+        elif task["reason"]:
             lines.append(f"Task {task['id']}: {task['reason']}")
     if wait := shown["wait"]:
-        until = f" until {wait['until']}" if wait["until"] else ""
-        lines.append(f"Waits{until}: {wait['reason']}")
+        until = wait["until"] or "it is started again"
+        lines.append(f"Waits until {until}: {wait['reason']}")
     return "\n".join(lines)
 
 def question_text(task_id: str, question: Mapping[str, Any]) -> str:
@@ -2142,25 +2132,20 @@ def question_text(task_id: str, question: Mapping[str, Any]) -> str:
 
 def readable_events(lines: Iterable[bytes]) -> Iterator[str]:
     """The lines of `logs`: what the agent said, did and got to see."""
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            yield from _readable(_object(json.loads(line.decode("utf-8", "replace"))))
-
-def _readable(event: Mapping[str, Any]) -> Iterator[str]:
-    for block in map(_object, _list(_object(event.get("message")).get("content"))):
-        if block.get("type") == "text":
-            yield textwrap.indent(_text(block.get("text")), "  ")
-        elif block.get("type") == "tool_use":
-            yield f"> {tool_use(block)}"
-        elif block.get("type") == "tool_result":
-            shown = block.get("content")
-            parts = [_text(_object(part).get("text")) for part in _list(shown)]
-            text = _text(shown) or "\n".join(parts)
-            yield textwrap.indent(shortened(text, 2000) or "(nothing)",
-                                  "! " if block.get("is_error") is True else "< ")
+    for event in json_objects(lines):
+        for block in map(_object, _list(_object(event.get("message")).get("content"))):
+            if block.get("type") == "text":
+                yield textwrap.indent(_text(block.get("text")), "  ")
+            elif block.get("type") == "tool_use":
+                yield f"> {tool_use(block)}"
+            elif block.get("type") == "tool_result":
+                shown = block.get("content")
+                parts = [_text(_object(part).get("text")) for part in _list(shown)]
+                text = shortened(_text(shown) or "\n".join(parts), 2000)
+                sign = "! " if block.get("is_error") is True else "< "
+                yield textwrap.indent(text or "(nothing)", sign)
 
 # ==== 15. Escalation desk ============================================ [flow]
-
 class EscalationDesk:
     """Gets an answer from a person now, or says that the question is parked."""
     def __init__(self, terminal: Terminal, reporter: Reporter) -> None:
@@ -2183,14 +2168,12 @@ def chosen_answer(line: str, question: Question) -> str:
     word = line.strip().lower()
     if word in ("", "skip"):
         return question.recommendation
-    if found := re.fullmatch(r"([a-z]|[1-9]\d?)[).]?", word, re.ASCII):
-        number = int(found[1]) if found[1].isdecimal() else ord(found[1]) - ord("a") + 1
-        if number <= len(question.options):
-            return question.options[number - 1]
+    for number, option in enumerate(question.options):
+        if word.rstrip(").") in (str(number + 1), chr(ord("a") + number)):
+            return option
     return line.strip()
 
 # ==== 16. Task runner ================================================ [flow]
-
 @dataclass(frozen=True, slots=True)
 class Crew:
     """The adapters a flow works with."""
@@ -2218,32 +2201,42 @@ class TaskRunner:
     def __init__(self, crew: Crew, plan: Plan) -> None:
         self._crew, self._plan, self._config = crew, plan, crew.config
         self._save, self._tell = crew.store.save, crew.reporter.progress
-        self._outages = 0            # in a row, in this process
+        self._outages = self._losses = 0     # in a row, in this process
         self._is_clean = False       # the workspace is known to stand at the checkpoint
 
     def run(self, state: RunState, task: Task, *, guidance: str = "") -> RunState:
         """The state with the task completed, failed, or needing a person; saved."""
-        is_over = False
         name = "e2e_test" if task.id == E2E_ID else "task"
         with self._crew.telemetry.span(name, task=task.id, title=task.title) as note:
-            while not is_over:
+            while True:
                 record = state.record(task.id)
                 if record.status is TaskStatus.NEEDS_HUMAN and not record.answer:
                     asked = record.question or Question("")
                     if (answer := self._crew.desk.ask(task.id, asked)) is None:
                         break
                     state = self._save(state.updated(task.id, answer=answer))
-                elif settled := self._settle(state, task):
-                    state = settled
-                elif reason := stop_reason(self._config, state, record):
-                    state = self._fail(state, task, reason)
                 else:
-                    state = self._attempt(self._sit_out(state), task, guidance)
-                is_over = state.record(task.id).status in OVER
-            record = state.record(task.id)
+                    state = self._step(state, task, guidance)
+                if (record := state.record(task.id)).status in OVER:
+                    break
             note({"orchestrator.status": record.status.value,
                   "orchestrator.attempts": record.started})
         return state
+
+    def _step(self, state: RunState, task: Task, guidance: str) -> RunState:
+        """Whatever is next; once more from what was saved if the sandbox went away."""
+        try:
+            if settled := self._settle(state, task):
+                return settled
+            if reason := stop_reason(self._config, state, state.record(task.id)):
+                return self._fail(state, task, reason)
+            return self._attempt(self._sit_out(state), task, guidance)
+        except SandboxLostError as lost:
+            self._losses += 1
+            if self._losses > MAX_LOSSES:
+                raise
+            self._tell(f"{lost}; once more")
+            return self._crew.store.load() or state
 
     def _settle(self, state: RunState, task: Task) -> RunState | None:
         """Run the gates on what the agent calls completed; commit it, or fail it. Also
@@ -2328,32 +2321,31 @@ class TaskRunner:
         unless Ctrl-C, the sandbox or an outage (no verdict then) ended it."""
         crew, state = self._crew, self._counted(state, task)
         number, at = state.record(task.id).started, stamp(crew.clock.now())
-        paths = (crew.store.transcript(task.id, number, n) for n in itertools.count())
         limit_usd = self._config.max_cost_usd
         try:
             with crew.telemetry.span("claude_invoke", task=task.id) as note:
-                result, interrupted = crew.agent.ask(
+                result, stopped = crew.agent.ask(
                     prompt, schema=schema, session_id=session_id, model=task.model,
-                    transcript=next(path for path in paths if not path.exists()),
-                    timeout_s=task.timeout_s,
-                    budget_usd=limit_usd - state.cost_usd if limit_usd else None)
+                    transcript=crew.store.new_transcript(task.id, number),
+                    timeout_s=task.timeout_s, budget_usd=limit_usd and
+                    limit_usd - state.cost_usd)
                 note({"gen_ai.conversation.id": result.session_id,
                       "gen_ai.usage.output_tokens": result.usage.output,
                       "orchestrator.cost_usd": result.usage.cost_usd})
             verdict, problem = judged(result), outage(result)
             attempt = Attempt(
                 number, at, round(result.duration_s, 3), result.ended, "interrupted"
-                if interrupted else "outage" if problem else verdict.status,
+                if stopped else "outage" if problem else verdict.status,
                 problem.kind if problem else verdict.rule,
                 shortened(problem.reason if problem else verdict.evidence),
                 result.session_id, result.turns, round(result.usage.cost_usd, 6))
             crew.ledger.append(ledger_entry(state, task.id, attempt, result))
             spent_usd = state.cost_usd + attempt.cost_usd
             state = dataclasses.replace(state, cost_usd=spent_usd)
-            if interrupted:
-                raise interrupted
-        except (Interrupted, SandboxError) as stopped:   # neither is the task's fault
-            charge = isinstance(stopped, Interrupted) and not stopped.by_hand
+            if stopped:
+                raise stopped
+        except (Interrupted, SandboxError) as error:     # neither is the task's fault
+            charge = isinstance(error, Interrupted) and not error.by_hand
             self._save(state.updated(task.id, started=number - (not charge)))
             raise
         self._tell(f"  {task.id}  {attempt.status} by rule {attempt.rule} after "
@@ -2361,12 +2353,12 @@ class TaskRunner:
                    f"{shortened(' '.join(attempt.evidence.split()), 160)}")
         if problem:
             return self._put_off(state, task, problem), None
-        self._outages, attempts = 0, (*state.record(task.id).attempts, attempt)
+        attempts = (*state.record(task.id).attempts, attempt)
+        self._outages = self._losses = 0
         return state.updated(task.id, attempts=attempts, base=state.head), verdict
 
     def _put_off(self, state: RunState, task: Task, problem: Outage) -> RunState:
-        """The wait saved, the attempt off the count. Raises OutageError if the wait is
-        too long, NeedsPersonError if waiting is no cure."""
+        """The wait saved, the attempt uncounted; or OutageError, NeedsPersonError."""
         config, now = self._config, self._crew.clock.now()
         self._outages += 1
         wait_s = None if problem.kind is OutageKind.PERSON else retry_delay_s(
@@ -2386,8 +2378,7 @@ class TaskRunner:
         return state
 
     def _sit_out(self, state: RunState) -> RunState:
-        """Wait as saved: for our own outage, or what is left of an earlier run's wait.
-        Raises OutageError if that is longer than a limit may be waited for."""
+        """Wait as saved, maybe by an earlier run. Raises OutageError if too long."""
         if (wait := state.wait) and wait.until:
             clock, until = self._crew.clock, datetime.fromisoformat(wait.until)
             left_s = (until - clock.now()).total_seconds()
@@ -2430,9 +2421,9 @@ def stop_reason(config: Config, state: RunState, record: TaskRecord) -> str:
                        same_from=config.error_similarity)
 
 def in_flight(record: TaskRecord) -> str:
-    """The last attempt's verdict, if its uncommitted work is still in the workspace:
-    `base` is set with a verdict and cleared when the workspace goes back."""
-    return record.attempts[-1].status if record.has_verdict and record.base else ""
+    """The last attempt's verdict, while its uncommitted work is in the workspace."""
+    judged = (a.status for a in record.attempts if a.number == record.started)
+    return next(judged, "") if record.base else ""
 
 def without_work(state: RunState) -> RunState:
     """The state when the workspace goes back under whatever was in flight."""
@@ -2442,7 +2433,6 @@ def without_work(state: RunState) -> RunState:
     return state
 
 # ==== 17. E2E runner ================================================= [flow]
-
 class E2ERunner(TaskRunner):
     """Has the scenario carried out by a fresh session; gates outrank its word."""
     def _settle(self, state: RunState, task: Task) -> RunState | None:
@@ -2456,8 +2446,7 @@ class E2ERunner(TaskRunner):
             reason=f"a person said: {record.answer}"))
 
     def _attempt(self, state: RunState, task: Task, guidance: str) -> RunState:
-        """Gates first: one that fails has failed the scenario without asking anybody,
-        and costs nothing, so it is not counted as an attempt either."""
+        """Gates first: one that fails has failed the scenario, for free: no attempt."""
         state, self._is_clean = self._roll_back(state, task), not task.gates
         if evidence := self._gates(task):
             return self._fail(state, task, evidence)
@@ -2475,7 +2464,6 @@ class E2ERunner(TaskRunner):
             E2E_ID, status=status, question=asked, answer="")), task)
 
 # ==== 18. Milestone runner =========================================== [flow]
-
 class MilestoneRunner:
     """Tasks in plan order, then E2E; stops at the first that does not complete."""
     def __init__(self, crew: Crew, plan: Plan) -> None:
@@ -2493,8 +2481,7 @@ class MilestoneRunner:
         return state
 
     def run_one(self, state: RunState, task: Task, guidance: str) -> RunState:
-        """One task out of turn; a person asked for it, so its count starts anew. What
-        the E2E scenario showed says nothing about the new work."""
+        """One task out of turn, its count anew; what E2E showed is void then."""
         state = self._begun(state)
         tasks = {i: record for i, record in state.tasks.items() if i != E2E_ID}
         if (old := state.record(task.id)).status in OVER:
@@ -2511,9 +2498,7 @@ class MilestoneRunner:
             base = sandbox.start_branch(state.branch, crew.config.base, kept_as=kept_as)
             return crew.store.save(dataclasses.replace(state, base=base, head=base))
         if not sandbox.has_commit(state.head):
-            raise SandboxError(
-                f"{sandbox.name} lacks commit {state.head[:10]} of {state.milestone}",
-                hint="was the sandbox rebuilt? run --fresh starts over")
+            sandbox.recover(state.branch, state.head)
         if sandbox.sh('git merge-base --is-ancestor "$1" HEAD', state.head).exit_code:
             state = without_work(state)      # somebody reset the workspace meanwhile
         run = (state.milestone, state.started_at)
@@ -2522,8 +2507,7 @@ class MilestoneRunner:
         return dataclasses.replace(state, cost_usd=max(state.cost_usd, spent_usd))
 
 def with_plan_changes(state: RunState, plan: Plan) -> tuple[RunState, tuple[str, ...]]:
-    """The state matched with a plan that may have been edited since, and what a person
-    should know of it. What was edited and is not completed may be tried afresh."""
+    """The state matched with a plan that was edited since, and what to tell of it."""
     if state.plan_sha256 == plan.sha256:
         return state, ()
     texts = {step.id: step.sha256 for step in plan.steps}
@@ -2548,7 +2532,6 @@ def exit_code(plan: Plan, state: RunState) -> ExitCode:
     return ExitCode.OK if statuses <= {TaskStatus.COMPLETED} else ExitCode.FAILED
 
 # ==== 19. Command line ================================================ [cli]
-
 @dataclass(frozen=True, slots=True)
 class World:
     """What a command works with: arguments, settings, and the outside."""
@@ -2563,25 +2546,25 @@ class World:
 
     def store(self, milestone: str) -> StateStore:
         return StateStore(self.config.state_dir, milestone, self.clock)
-
-    def lock(self, name: str, what: str = "milestone") -> RunLock:
-        return RunLock(self.config.state_dir / f"{name}.lock", f"{what} {name}")
+    def lock(self, milestone: str) -> RunLock:
+        return RunLock(self.config.state_dir / f"{milestone}.lock")
 
     def sandbox(self, state: RunState | None = None) -> DockerSandbox | LocalSandbox:
         """The kind the milestone was started in, unless a setting says otherwise."""
         is_kept = state and self.sources["sandbox"] == "default"
         if (state if state and is_kept else self.config).sandbox == "docker":
-            return DockerSandbox(self.processes, environ=self.environ,
-                                 compose_files=self.config.compose_files)
+            return self.docker()
         folder = self.store(state.milestone if state else "").folder / "workspace"
         return LocalSandbox(self.processes, self.clock, repo=Path(self.config.repo),
                             folder=folder, environ=self.environ)
 
+    def docker(self) -> DockerSandbox:
+        return DockerSandbox(self.processes, self.clock, environ=self.environ,
+                             compose_files=self.config.compose_files,
+                             key_by=self.config.key_by)
     def show(self, value: Any, text: str = "") -> None:
-        if self.args.json:
-            self.reporter.answer(json.dumps(value, indent=2))
-        else:
-            self.reporter.answer(text or shown(value))
+        told = json.dumps(value, indent=2, default=str) if self.args.json else ""
+        self.reporter.answer(told or text or shown(value))
 
 def shown(value: Any) -> str:
     """A JSON value for a person: an object as lines, a list of objects as a table."""
@@ -2618,8 +2601,7 @@ def cmd_run(world: World) -> ExitCode:
     args, plan = world.args, read_plan(world, is_to_run=True)
     task = next((task for task in plan.tasks if task.id == args.id), None)
     if args.name == "task" and not task:
-        raise UsageError(f"{plan.path} has no task {args.id!r}",
-                         hint=f"{PROGRAM} check {plan.path} lists them")
+        raise UsageError(f"{plan.path} has no task {args.id!r}", hint="see `check`")
     part = dataclasses.replace(plan, tasks=(task,), e2e=None) if task else plan
     with world.lock(plan.milestone):
         state = begun(world, plan)
@@ -2636,8 +2618,7 @@ def cmd_run(world: World) -> ExitCode:
         return exit_code(part, work(world, plan, state, task))
 
 def begun(world: World, plan: Plan) -> RunState:
-    """The state to go on from, with what the arguments say of it; an answer is saved,
-    so that it survives a sandbox that cannot be used."""
+    """The state to go on from; an answer is saved, whatever the sandbox does next."""
     args, store, tell = world.args, world.store(plan.milestone), world.reporter
     state = None if args.fresh else store.load()
     if state is None and args.name == "resume":
@@ -2684,10 +2665,7 @@ def work(world: World, plan: Plan, state: RunState, task: Task | None) -> RunSta
         agent, sandbox, world.store(plan.milestone),
         Ledger(config.state_dir / "ledger.jsonl"), EscalationDesk(
             world.terminal, reporter), reporter, telemetry, world.clock, config), plan)
-    # a local sandbox belongs to its milestone: this lock is then a formality
-    name = git_name(getattr(sandbox, "project", plan.milestone))
-    with world.lock(f"@{name}", "sandbox"), contextlib.closing(telemetry), \
-            contextlib.closing(sandbox), \
+    with contextlib.closing(telemetry), contextlib.closing(sandbox), \
             telemetry.span("milestone", milestone=plan.milestone):
         state = (runner.run_one(state, task, world.args.guidance) if task
                  else runner.run(state))
@@ -2712,19 +2690,20 @@ def cmd_check(world: World) -> ExitCode:
     if isinstance(sandbox, LocalSandbox):
         commands["claude"] = (*local_command(claude), "--version")
     else:
-        inside = sandbox.argv("exec", "-T", "sandbox")
+        inside = sandbox.argv("exec", "-T", *sandbox.variables, "sandbox")
         commands |= {"engine": ("docker", "version", "--format", "{{.Server.Version}}"),
                      "claude in the sandbox": (*inside, *claude, "--version"),
-                     "repository in the sandbox": (*inside, "git", "log", "-1")}
+                     "repository in the sandbox": (*inside, "git", "log", "-1"),
+                     "volumes in the sandbox": (*inside, "workspace.py", "check"),
+                     "API from the sandbox": (*inside, "workspace.py", "reach")}
     probes = []
     for name, argv in commands.items():      # env says which program is missing
         done = world.processes.run(Command(argv=("/usr/bin/env", *argv)),
                                    timeout_s=PROBE_TIMEOUT_S)
         probes.append({"name": name, "ok": done.exit_code == 0,
                        "told": (done.output or done.ended).splitlines()[-1]})
-    settings = [{"name": name, "value": str(v) if isinstance(v, Path) else v,
-                 "source": world.sources[name]}
-                for name, v in dataclasses.asdict(world.config).items()]
+    settings = [{"name": name, "value": value, "source": world.sources[name]}
+                for name, value in dataclasses.asdict(world.config).items()]
     endpoint = world.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "off")
     world.show({"probes": probes, "settings": settings, "telemetry": endpoint})
     return ExitCode.OK if all(p["ok"] for p in probes) else ExitCode.SANDBOX
@@ -2736,8 +2715,7 @@ def cmd_status(world: World) -> None:
     names = (path.name.removesuffix("_state.json") for path in sorted(files))
     for name in [plan.milestone] if plan else names:
         if (state := world.store(name).load()) is None:
-            raise StateError(f"no saved state of milestone {name}",
-                             hint=f"{PROGRAM} run {world.args.plan or 'PLAN'}")
+            raise StateError(f"no saved state of milestone {name}", hint="run it")
         found.append(status_json(state, plan, bool(world.lock(name).owner())))
     world.show(found[0] if plan else found,
                "\n\n".join(map(status_text, found)) or "no milestones yet")
@@ -2769,7 +2747,7 @@ def cmd_costs(world: World) -> None:
 
 def followed(world: World, file: BinaryIO, lock: RunLock) -> Iterator[bytes]:
     yield from file
-    while lock.owner():
+    while world.args.follow and lock.owner():
         world.clock.sleep(0.2)
         yield from file
 
@@ -2785,8 +2763,7 @@ def cmd_logs(world: World) -> None:
                          hint=f"{PROGRAM} status {plan.path}")
     latest = max(found, key=lambda path: path.stat().st_mtime_ns)
     with latest.open("rb") as file:
-        lines = followed(world, file, world.lock(plan.milestone)) \
-            if world.args.follow else file
+        lines = followed(world, file, world.lock(plan.milestone))
         texts = readable_events(lines) if not world.args.json else (
             line.decode("utf-8", "replace").rstrip("\n") for line in lines)
         for text in texts:
@@ -2808,7 +2785,7 @@ def cmd_explain(world: World) -> None:
 
 def cmd_fetch(world: World) -> None:
     """bring the milestone's branch out of the sandbox"""
-    plan, git = read_plan(world), ("git", "-C", world.config.repo)
+    plan, git = read_plan(world), ("git", "-C", world.args.into or world.config.repo)
     state = world.store(plan.milestone).load()
     if state is None or state.head == state.base:
         raise StateError(f"milestone {plan.milestone} has no work to fetch",
@@ -2817,61 +2794,75 @@ def cmd_fetch(world: World) -> None:
     known = world.processes.run(Command(argv=(*git, "cat-file", "-e", state.base)))
     bundle = world.store(plan.milestone).folder.absolute() / "fetch.bundle"
     write_atomically(bundle, world.sandbox(state).bundle(
-        state.branch, "" if known.exit_code else state.base))
+        state.head, "" if known.exit_code else state.base))
     done = world.processes.run(Command(argv=(
         *git, "fetch", "-q", "--no-tags", "--no-write-fetch-head", str(bundle),
-        f"+refs/heads/{state.branch}:refs/heads/{target}")))
+        f"{'+' * world.args.force}{BUNDLED}:refs/heads/{target}")))
     bundle.unlink()
     if done.exit_code != 0:
-        raise UsageError(f"git fetch: {shortened(done.output)}", hint="--repo names a "
-                         "repository that has not checked the branch out")
+        raise UsageError(f"git fetch: {shortened(done.output)}", hint="--force replaces"
+                         f" {target}; --into names a repository that is not on it")
     world.reporter.answer(f"branch {target} is at {state.head[:10]}")
 
 def cmd_sandbox(world: World) -> ExitCode:
-    """the docker sandbox: init builds, starts, clones; reset makes /workspace as after
-    init; shell and claude are for you; down keeps the volumes"""
-    config, action = world.config, world.args.action
-    docker = DockerSandbox(world.processes, environ=world.environ,
-                           compose_files=config.compose_files)
+    """the docker sandbox: init builds, starts, clones; reset cleans; down keeps data"""
+    config, action, docker = world.config, world.args.action, world.docker()
     if action in ("shell", "claude"):
         docker.compose("ps", "-q")       # says what is wrong, if docker is unusable
         program = ["bash"] if action == "shell" else shlex.split(config.claude)
-        inside = ("exec", *docker.secrets, "sandbox", *program, *world.args.rest)
+        inside = ("exec", *docker.variables, "sandbox", *program, *world.args.rest)
         os.execvp("docker", docker.argv(*inside))
     if action == "status":
-        up = docker.compose("ps", "-q", "--status", "running", "sandbox").stdout.strip()
+        up = bool(docker.compose("ps", "-q", "--status", "running", "sandbox").stdout)
         head = docker.sh("git log -1 --format='%h %s'").output if up else ""
-        world.show({"running": bool(up), "workspace": head, "project": docker.project})
+        world.show({"running": up, "workspace": head})
         return ExitCode.OK if up else ExitCode.SANDBOX
-    with world.lock(f"@{git_name(docker.project)}", "sandbox"):
-        if action == "init":
-            world.reporter.answer(sandbox_init(world, docker))
-        elif action == "reset":
-            started, commit = world.clock.monotonic(), docker.reset()
-            world.show({"commit": commit, "cleared": ["/workspace", "/env/logs"],
-                        "kept": ["/env/models", "/env/strategies", "/shared/data"],
-                        "duration_s": round(world.clock.monotonic() - started, 3)})
-        else:
-            docker.compose(*(("down",) if action == "down" else _UP))
-            world.reporter.progress(f"sandbox {action}: done")
+    if not world.args.force:
+        docker.hold()
+    if action == "init":
+        world.reporter.answer(sandbox_init(world, docker))
+    elif action == "reset":
+        started, report = world.clock.monotonic(), dict(docker.reset())
+        report["duration_s"] = round(world.clock.monotonic() - started, 3)
+        told = [f"clean: {report['branch']} at {report['commit']}", *(
+            f"{verb} {path}: " + ", ".join(f"{v} {k}" for k, v in facts.items()
+                                           if k != "sha256")
+            for verb in ("cleared", "kept") for path, facts in report[verb].items())]
+        world.show(report, "\n".join(told))
+    else:
+        docker.compose(*(("down", "-t", "0") if action == "down" else _UP))
+        world.reporter.progress(f"sandbox {action}: done")
+    docker.release()
     return ExitCode.OK
 
 def sandbox_init(world: World, docker: DockerSandbox) -> str:
-    """Build if there is no image, start, clone, verify; harmless to repeat."""
-    repo, tell = world.config.repo, world.reporter.progress
-    tell("starting the container, after building its image if there is none")
+    """Build, start, clone, verify; harmless to repeat, goes on where it failed."""
+    repo, tell, run = world.config.repo, world.reporter.progress, world.processes.run
+    tell("1/3 container: its image is built if there is none")
+    if world.args.rebuild:
+        docker.compose("build", timeout_s=SLOW_TIMEOUT_S)
     docker.compose("up", "-d", timeout_s=SLOW_TIMEOUT_S)
-    tell(f"cloning {repo}")
+    docker.bring_up()
+    tell(f"2/3 repository: {repo}")
     if "://" in repo or re.match(r"[\w.-]+@[\w.-]+:", repo):
-        cloned = docker.clone(repo)
+        done = docker.janitor("fill", repo)
     else:
-        cloned = docker.clone("", world.processes.run(Command(argv=(
-            "git", "-C", repo, "bundle", "create", "-q", "-", "HEAD", "--branches",
-            "--tags")), timeout_s=SLOW_TIMEOUT_S, max_bytes=sys.maxsize).checked(
-            f"no bundle of {repo}", hint="--repo names one with a commit").stdout)
-    version = docker.sh(f"{world.config.claude} --version").checked(
-        "the agent does not start", hint=f"{PROGRAM} sandbox shell").output
-    return f"sandbox ready: /workspace {cloned}, {version}"
+        git = ("git", "-C", repo)
+        home = run(Command(argv=(*git, "symbolic-ref", "--short", "HEAD"))).stdout
+        bundle = run(Command(argv=(
+            *git, "bundle", "create", "-q", "-", "HEAD", "--branches", "--tags")),
+            timeout_s=SLOW_TIMEOUT_S, max_bytes=sys.maxsize).checked(
+            f"no bundle of {repo}", hint="--repo names one with a commit").stdout
+        done = docker.janitor("fill", "--home", home.decode().strip() or "main",
+                              stdin=bundle)
+    tell("3/3 checks: volumes, the agent, login")
+    checked = json.loads(docker.sh("workspace.py check").stdout)
+    if problems := checked["problems"]:
+        raise SandboxError("; ".join(problems), hint="init --rebuild, or look at .env")
+    if not checked["login"] and not any(map(world.environ.get, KEYS)):
+        tell(f"nobody is logged in yet: {PROGRAM} sandbox claude, then /login")
+    return (f"sandbox ready: repository {done['mirror']}, /workspace "
+            f"{done['workspace']}, claude {checked['claude']}")
 
 def local_command(argv: Iterable[str]) -> list[str]:
     """Paths in a command made absolute, because the agent starts in its workspace."""
@@ -2883,15 +2874,16 @@ examples:
   %(prog)s check plan.md
   %(prog)s run plan.md --max-cost-usd 20
   %(prog)s resume plan.md --answer "use SQLite"
-exit status:
-  0 done  1 failed  2 usage, plan, settings, state  3 a person is needed
-  4 already running  5 sandbox unusable  70 bug  75 try later  130/143 interrupted"""
+"""
 _ON = {"action": "store_true"}
 _ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "plan": {"metavar": "PLAN", "type": Path}, "id": {"metavar": "ID"},
     "file": {"metavar": "FILE", "type": Path, "help": "a stream; - for standard input"},
     "rest": {"nargs": "*", "help": "arguments for it, after --"},
     "--json": {**_ON, "help": "for machines"}, "--total": {**_ON, "help": "one number"},
+    "--force": {**_ON, "help": "even so: under a run, over a branch that differs"},
+    "--into": {"metavar": "REPO", "default": "", "help": "default: --repo"},
+    "--rebuild": {**_ON, "help": "build the image anew"},
     "--fresh": {**_ON, "help": "archive what an earlier run left and start over"},
     "--answer": {"dest": "answer", "metavar": "TEXT", "help": "to the parked question"},
     "--answer-file": {"dest": "answer", "metavar": "FILE",
@@ -2913,10 +2905,10 @@ _CLI: tuple[tuple[str, Callable[[World], ExitCode | None], str, str], ...] = (
     ("costs", cmd_costs, "what was spent", "--json --by --since --total"),
     ("logs", cmd_logs, "", "plan id? --json --follow"),
     ("explain", cmd_explain, "", "file --json"),
-    ("fetch", cmd_fetch, "", "plan"),
-    *((f"sandbox {action}", cmd_sandbox, "", arguments) for action, arguments in (
-        ("init", ""), ("up", ""), ("reset", "--json"), ("shell", "rest"),
-        ("claude", "rest"), ("status", "--json"), ("down", ""))))
+    ("fetch", cmd_fetch, "", "plan --into --force"),
+    *((f"sandbox {action}", cmd_sandbox, "", arguments) for action, arguments in {
+        "init": "--rebuild", "up": "--force", "reset": "--json --force", "shell":
+        "rest", "claude": "rest", "status": "--json", "down": "--force"}.items()))
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -2934,10 +2926,11 @@ def build_parser() -> argparse.ArgumentParser:
                            metavar="|".join(s.metadata["choices"]) or "VALUE",
                            help=f"{s.metadata['help']} (default: {default})")
     parser = _Parser(prog=PROGRAM, description="Run a milestone plan with Claude Code.",
-                     formatter_class=argparse.RawTextHelpFormatter, epilog=_EPILOG)
+                     formatter_class=argparse.RawTextHelpFormatter,
+                     epilog=_EPILOG + (__doc__ or "").split("\n\n")[3])
     parser.add_argument("--version", action="version", version=__version__)
-    parser.set_defaults(answer=None, fresh=False, json=False, total=False,
-                        by="run", since=None, id=None)
+    parser.set_defaults(answer=None, fresh=False, json=False, total=False, by="run",
+                        since=None, id=None, force=False)
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
     sandbox = commands.add_parser("sandbox", help=cmd_sandbox.__doc__)
     actions = sandbox.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -2974,16 +2967,20 @@ def read_settings(args: argparse.Namespace, environ: Mapping[str, str],
         raise UsageError(f"{source}: {error}", hint="settings stand in a file under "
                          "[orchestrator]; commands are quoted as in a shell") from None
 
+_SECRET = re.compile(r"(?:ANTHROPIC|CLAUDE_CODE)_\w*(?:KEY|TOKEN)")
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Turn every ending into an exit status; only --help and --version exit."""
-    clock = Clock()
-    reporter = Reporter(sys.stdout, sys.stderr, clock, environ=os.environ)
+    clock, environ = Clock(), os.environ
+    secrets = [value.encode() for name, value in environ.items() if
+               _SECRET.fullmatch(name) and len(value) >= MIN_SECRET_CHARS]
+    reporter = Reporter(sys.stdout, sys.stderr, clock, environ=environ)
     try:
         install_signal_handlers()
         args = build_parser().parse_args(argv)
         return int(args.act(World(
-            args, *read_settings(args, os.environ), os.environ, clock, Processes(clock),
-            Terminal(sys.stdin, sys.stderr), reporter)) or ExitCode.OK)
+            args, *read_settings(args, environ), environ, clock, Processes(
+                clock, secrets), Terminal(sys.stdin, sys.stderr), reporter)) or 0)
     except OrchestratorError as error:
         reporter.error(error)
         return error.exit_code
@@ -2991,9 +2988,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OK
     except Exception:            # the boundary: shown in full, never hidden
-        reporter.error(OrchestratorError(
-            f"{traceback.format_exc()}This is a bug; the state is as it was last saved",
-            hint="start again; report the lines above if it happens again"))
+        told = f"{traceback.format_exc()}This is a bug; the state is as last saved"
+        reporter.error(OrchestratorError(told, hint="report it and start again"))
         return ExitCode.INTERNAL
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 
     python3 supervise.py -- COMMAND [ARG ...]
 
-stdin carries the prompt and then serves as a dead-man switch: a decimal length and a
-newline, that many bytes for the command's stdin, then nothing, held open. Its end
-means that whoever asked is gone or wants a stop: the command gets SIGINT and a few
-seconds for its last words. Then, as after a normal exit, all descendants are killed:
+stdin carries the prompt and then serves as a dead-man switch: a line `prompt=LENGTH`,
+that many bytes for the command's stdin, then nothing, held open. The line may also
+name keys, `prompt=LENGTH ANTHROPIC_API_KEY=LENGTH`, whose bytes follow: the command
+reads each from a pipe whose number is in a variable that the Claude CLI knows, so that
+no key is in an environment, an argument or a file. The end of stdin means that whoever
+asked is gone or wants a stop: the command gets SIGINT and a few seconds for its last
+words. Then, as after a normal exit, all descendants are killed:
 orphans of any kind (nohup, setsid, double fork) come back here, for this process is
 their subreaper. stdout and stderr are the command's own.
 
@@ -31,6 +34,10 @@ KILL_ROUND_S = 0.05      # for the killed to be reaped before the next look at t
 MAX_FREEZE_LOOKS = 100   # a process that forks and exits faster than we look
 FOREVER_S = 1e8          # sigtimedwait has no other word for it
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+# Undocumented variables of the Claude CLI, tried with 2.1.330.
+DESCRIPTOR_VARIABLES = {
+    "ANTHROPIC_API_KEY": "CLAUDE_CODE_API_KEY_FILE_DESCRIPTOR",
+    "CLAUDE_CODE_OAUTH_TOKEN": "CLAUDE_CODE_OAUTH_TOKEN_FILE_DESCRIPTOR"}
 
 EXIT_STOPPED = 125
 EXIT_NOT_EXECUTABLE = 126
@@ -120,31 +127,48 @@ def become_subreaper() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
 
 
-def read_prompt(stream: BinaryIO) -> bytes:
-    """Raises ValueError when the stream does not begin with a length and a prompt."""
-    header = stream.readline(32)
-    if not header.strip().isdigit():
-        raise ValueError(f"stdin: expected a length and a newline, got {header!r}")
-    prompt = stream.read(int(header))
-    if len(prompt) < int(header):
-        raise ValueError(f"stdin: ended after {len(prompt)} of {int(header)} bytes")
-    return prompt
+def read_parts(stream: BinaryIO) -> dict[str, bytes]:
+    """The prompt and the keys by name. Raises ValueError when the stream does not begin
+    with a line of names and lengths and as many bytes."""
+    header = stream.readline(256)
+    words = header.decode("ascii", "replace").split()
+    fields = [word.partition("=") for word in words]
+    known = {"prompt", *DESCRIPTOR_VARIABLES}
+    if not fields or not all(name in known and length.isdecimal()
+                             for name, _, length in fields):
+        raise ValueError(f"stdin: expected prompt=LENGTH and a newline, got {header!r}")
+    parts = {name: stream.read(int(length)) for name, _, length in fields}
+    for name, _, length in fields:
+        if len(parts[name]) < int(length):
+            raise ValueError(f"stdin: ended after {len(parts[name])} of {length} bytes "
+                             f"of {name}")
+    return {"prompt": b"", **parts}
 
 
-def start(command: list[str], prompt: bytes) -> int:
+def start(command: list[str], prompt: bytes, keys: dict[str, bytes]) -> int:
     """PID of the command, in a session of its own, with clean signal handling."""
     # A file in memory, not a pipe: a command that never reads it cannot block us.
     stdin = os.memfd_create("prompt")
     with open(stdin, "wb", closefd=False) as file:
         file.write(prompt)
     os.lseek(stdin, 0, os.SEEK_SET)
+    environ, ours = dict(os.environ), [stdin]
+    for name, key in keys.items():
+        # A pipe, not a file: once read it is empty, for whoever opens it through /proc.
+        reader, writer = os.pipe()
+        os.write(writer, key)
+        os.close(writer)
+        os.set_inheritable(reader, True)
+        environ[DESCRIPTOR_VARIABLES[name]] = str(reader)
+        ours.append(reader)
     catchable = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
     try:
         return os.posix_spawnp(
-            command[0], command, os.environ, setsid=True, setsigmask=(),
+            command[0], command, environ, setsid=True, setsigmask=(),
             setsigdef=catchable, file_actions=[(os.POSIX_SPAWN_DUP2, stdin, 0)])
     finally:
-        os.close(stdin)
+        for descriptor in ours:
+            os.close(descriptor)
 
 
 def order_stop_at_end_of(stdin: int) -> None:
@@ -177,7 +201,8 @@ def main(argv: list[str]) -> int:
     become_subreaper()
     try:
         with open(0, "rb", closefd=False) as stdin:
-            head = start(argv[1:], read_prompt(stdin))
+            parts = read_parts(stdin)
+        head = start(argv[1:], parts.pop("prompt"), parts)
     except ValueError as error:
         return complain(str(error), EXIT_STOPPED)
     except FileNotFoundError:

@@ -111,6 +111,7 @@ class FakeSandbox(ko.Sandbox):
         self.gates = {gate: list(codes) for gate, codes in gates.items()}
         self.gate_timeouts_s: list[float] = []
         self.gate_ended = ko.Ended.EXIT
+        self.losses: list[bool] = []     # whether the next sweeps find it gone
 
     @property
     def work(self) -> frozenset[str]:
@@ -127,8 +128,9 @@ class FakeSandbox(ko.Sandbox):
     def open(self) -> None:
         self.calls.append("open")
 
-    def sweep(self) -> Any:
-        return 0
+    def sweep(self) -> None:
+        if self.losses and self.losses.pop(0):
+            raise lost()
 
     def start_branch(self, branch: str, base: str, *, kept_as: str) -> str:
         self.head = "c0"
@@ -179,7 +181,8 @@ Outcome = ko.AgentResult | BaseException
 
 
 class ScriptedAgent:
-    """Comes to these outcomes in order; exceptions are raised, Interrupted handed back.
+    """Comes to these outcomes in order; exceptions are raised, but handed back if they
+    are a signal or the loss of the sandbox.
 
     Each call leaves a piece of work in the workspace, `work 1` the first; `before`
     sees it first.
@@ -192,13 +195,13 @@ class ScriptedAgent:
         self.calls: list[Any] = []
 
     def ask(self, prompt: str, **options: Any,
-            ) -> tuple[ko.AgentResult, ko.Interrupted | None]:
+            ) -> tuple[ko.AgentResult, ko.Interrupted | ko.SandboxLostError | None]:
         call = SimpleNamespace(prompt=prompt, **options)
         self.before(call)
         self.calls.append(call)
         self._sandbox.dirty.add(f"work {len(self.calls)}")
         outcome = self.outcomes.pop(0)
-        if isinstance(outcome, ko.Interrupted):
+        if isinstance(outcome, ko.Interrupted | ko.SandboxLostError):
             return cut_short(), outcome
         if isinstance(outcome, BaseException):
             raise outcome
@@ -257,6 +260,10 @@ def session_gone() -> ko.AgentResult:
         reported(0.0), structured=None, is_error=True, exit_code=1, turns=0,
         subtype="error_during_execution", terminal_reason="",
         errors=("No conversation found with session ID: s-1",))
+
+
+def lost() -> ko.SandboxLostError:
+    return ko.SandboxLostError("the sandbox went away")
 
 
 def ctrl_c() -> ko.Interrupted:

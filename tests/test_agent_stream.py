@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,22 @@ def test_no_json_makes_the_decoder_raise(value: Any) -> None:
         decoded(json.dumps({"type": kind, "message": value, "rate_limit_info": value,
                             "usage": value, "ended": value}).encode())
     decoded(json.dumps(value).encode())
+
+
+@given(st.lists(st.sampled_from([b"sk-a", b"nt-12345678", b"sk-ant-", b"x", b"\n",
+                                 b"sk-ant-12345678", b"s", b"tok", b"en-87654321"])),
+       st.integers(1, 20))
+def test_a_secret_is_taken_out_of_a_stream_cut_anywhere(
+    parts: list[bytes], size: int,
+) -> None:
+    secrets, text = (b"sk-ant-12345678", b"token-87654321"), b"".join(parts)
+    redactor, told = ko.Redactor(secrets), b""
+    for start in range(0, len(text), size):
+        told += redactor.feed(text[start:start + size])
+        assert not any(secret in told for secret in secrets)
+    told += redactor.feed(b"")
+    assert told == re.sub(b"|".join(secrets), b"[redacted]", text)
+
+
+def test_without_secrets_nothing_is_held_back() -> None:
+    assert ko.Redactor(()).feed(b"all of it") == b"all of it"

@@ -333,7 +333,8 @@ def test_check_without_docker_says_what_is_missing_and_where_settings_come_from(
     assert list(report) == ["probes", "settings", "telemetry"]
     assert {p["name"]: p["ok"] for p in report["probes"]} == {
         "git": True, "engine": False, "claude in the sandbox": False,
-        "repository in the sandbox": False}
+        "repository in the sandbox": False, "volumes in the sandbox": False,
+        "API from the sandbox": False}
     settings = report["settings"]
     assert {"name": "max_turns", "value": 7, "source": "--max-turns"} in settings
     assert {"name": "state_dir", "value": "state", "source": "default"} in settings
@@ -352,7 +353,7 @@ def test_a_sandbox_without_docker_is_an_error_not_a_bug(tmp_path: Path, action: 
 @pytest.mark.contract
 def test_help_imports_no_telemetry(tmp_path: Path) -> None:
     done = bare(tmp_path, "-X", "importtime", PROGRAM, "--help")
-    assert done.returncode == 0 and "exit status:" in done.stdout
+    assert done.returncode == 0 and "Exit status:" in done.stdout
     assert "opentelemetry" not in done.stderr and "asyncio" not in done.stderr
     assert "ktrdr-orchestrator run plan.md" in done.stdout
 
@@ -416,7 +417,7 @@ def test_fetch_brings_the_branch_and_writes_nothing_else(
     assert not (repository / ".git" / "FETCH_HEAD").exists()
     assert not list((tmp_path / "state/hello_world").glob("*.bundle"))
     done = program.run("fetch", HELLO, "--repo", tmp_path)
-    assert done.returncode == ko.ExitCode.USAGE and "--repo" in done.stderr
+    assert done.returncode == ko.ExitCode.USAGE and "--into" in done.stderr
 
 
 @pytest.mark.contract

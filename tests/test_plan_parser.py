@@ -252,7 +252,7 @@ def test_marks_are_read_from_the_heading(heading: str, mark: str) -> None:
     ("**Acceptance Criteria:**\n* a\n\n* b\n\n**Notes:**\n- c", ("a", "b")),
     ("**Acceptance Criteria:** all of\n\nthese:\n- a\n  - a2\n- b\n\nNote\n- c",
      ("a - a2", "b")),
-    ("**Success Criteria:**\n- a\n\n**Acceptance Criteria:**\n- b", ("b",)),
+    ("**Success Criteria:**\n- a\n\n**Acceptance Criteria:**\n- b", ("a", "b")),
     ("#### Acceptance Criteria\n- [x] a\n---\n#### Notes\n- b", ("a",)),
     ("- **Done when**: it works", ("it works",)),
     ("Acceptance Criteria:\n- [ ] **Bold** item\n- [ ] **Verify**: by hand",
@@ -416,6 +416,7 @@ def test_hostile_and_huge_input_takes_linear_time() -> None:
     texts = [head + unit * (size // len(unit)) for unit in units for head in heads]
     texts += [f"## Task 1.1: x\n{line}\n" * (size // 20) for line in lines]
     texts.append(FULL.replace("---\n", "\n") * (10_000_000 // len(FULL)))
+    texts.append("---\n" + "milestone: x # y\n" * (size // 20))
     for text in texts:
         start = time.process_time()
         parse(text)

@@ -166,13 +166,13 @@ def test_fifty_writers_lose_no_line_of_the_ledger(tmp_path: Path) -> None:
 
 
 def test_a_lock_is_held_until_it_is_let_go(tmp_path: Path) -> None:
-    lock = ko.RunLock(tmp_path / "m1.lock", "milestone m1")
+    lock = ko.RunLock(tmp_path / "m1.lock")
     with lock:
         assert lock.owner()
         owner = json.loads((tmp_path / "m1.lock").read_text())
         assert owner["pid"] == os.getpid() and owner["start"] and owner["host"]
         with pytest.raises(ko.LockHeldError, match=str(os.getpid())), \
-                ko.RunLock(tmp_path / "m1.lock", "milestone m1"):
+                ko.RunLock(tmp_path / "m1.lock"):
             pass
     assert not lock.owner() and not (tmp_path / "m1.lock").exists()
 
@@ -181,7 +181,7 @@ def test_a_lock_is_held_until_it_is_let_go(tmp_path: Path) -> None:
     "", "{", "null", '{"pid": 1}', '{"pid": "x", "start": "", "host": ""}'])
 def test_a_lock_that_names_no_owner_is_free(tmp_path: Path, content: str) -> None:
     (tmp_path / "m1.lock").write_text(content)
-    with ko.RunLock(tmp_path / "m1.lock", "milestone m1"):
+    with ko.RunLock(tmp_path / "m1.lock"):
         pass
 
 
@@ -189,7 +189,7 @@ def test_an_owner_that_was_overruled_by_hand_leaves_the_new_owners_lock(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "m1.lock"
-    with ko.RunLock(path, "milestone m1"):
+    with ko.RunLock(path):
         path.unlink()                    # a person ran the hint's rm
         path.write_text(owner(1, "1"))
     assert path.exists()
@@ -202,7 +202,7 @@ def owner(pid: int, start: str, host: str = "") -> str:
 def test_a_stranger_with_the_owners_pid_does_not_block(tmp_path: Path) -> None:
     path = tmp_path / "m1.lock"
     path.write_text(owner(os.getpid(), "another start"))
-    with ko.RunLock(path, "milestone m1"):
+    with ko.RunLock(path):
         assert json.loads(path.read_text())["start"] == ko.process_start(os.getpid())
 
 
@@ -210,7 +210,7 @@ def test_a_lock_of_another_machine_is_refused_with_what_to_type(tmp_path: Path) 
     path = tmp_path / "m1.lock"
     path.write_text(owner(1, "1", "elsewhere"))
     with pytest.raises(ko.LockHeldError, match="elsewhere") as caught, \
-            ko.RunLock(path, "milestone m1"):
+            ko.RunLock(path):
         pass
     assert str(path) in caught.value.hint
 
@@ -220,7 +220,7 @@ import pathlib, sys, time, ktrdr_orchestrator as ko
 path, log = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 for line in sys.stdin:
     try:
-        with ko.RunLock(path, "m"):
+        with ko.RunLock(path):
             with log.open("a") as file: file.write("in\\n")
             time.sleep(0.01)
             with log.open("a") as file: file.write("out\\n")

@@ -45,7 +45,7 @@ while True:
 class Supervised:
     """A running supervise.py; its stdin stays open until `let_go`."""
 
-    def __init__(self, script: str, den: Path, prompt: bytes) -> None:
+    def __init__(self, script: str, den: Path, prompt: bytes, key: bytes) -> None:
         self.den = den
         path = f"{den.parent}:{os.environ['PATH']}"
         self.process = subprocess.Popen(
@@ -53,7 +53,8 @@ class Supervised:
             env={**os.environ, "PATH": path}, cwd=den.parent,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert self.process.stdin is not None
-        self.process.stdin.write(b"%d\n%s" % (len(prompt), prompt))
+        self.process.stdin.write(b"prompt=%d ANTHROPIC_API_KEY=%d\n%s%s" % (
+            len(prompt), len(key), prompt, key))
         self.process.stdin.flush()
 
     def animals(self) -> set[int]:
@@ -116,8 +117,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     animal.chmod(0o755)
     started: list[Supervised] = []
 
-    def starter(script: str, *, prompt: bytes = b"") -> Supervised:
-        started.append(Supervised(script, den, prompt))
+    def starter(script: str, *, prompt: bytes = b"", key: bytes = b"") -> Supervised:
+        started.append(Supervised(script, den, prompt, key))
         return started[-1]
 
     yield starter
@@ -220,7 +221,8 @@ def test_zombies_are_reaped_while_the_command_runs(start: Start) -> None:
     wait_until(lambda: len(children.read_text(encoding="utf-8").split()) == 1)
 
 
-@pytest.mark.parametrize("stdin", [b"", b"no length\n", b"5", b"9\nshort"])
+@pytest.mark.parametrize("stdin", [b"", b"no length\n", b"prompt=5", b"prompt=9\nshort",
+                                   b"prompt=1 HOME=1\nab"])
 def test_without_a_whole_prompt_nothing_is_started(
         stdin: bytes, tmp_path: Path) -> None:
     ended = run_raw(stdin, "--", "touch", str(tmp_path / "started"))
@@ -230,12 +232,20 @@ def test_without_a_whole_prompt_nothing_is_started(
 
 
 def test_a_command_that_cannot_be_started_says_so(tmp_path: Path) -> None:
-    missing = run_raw(b"0\n", "--", "no-such-command")
+    missing = run_raw(b"prompt=0\n", "--", "no-such-command")
     assert (missing.returncode, missing.stderr) == (
         127, b"supervise: no-such-command: not found\n")
-    directory = run_raw(b"0\n", "--", str(tmp_path))
+    directory = run_raw(b"prompt=0\n", "--", str(tmp_path))
     assert directory.returncode == 126
     assert b"Permission denied" in directory.stderr
+
+
+def test_a_key_comes_by_descriptor_and_is_in_no_environment(start: Start) -> None:
+    supervised = start('cat <&"$CLAUDE_CODE_API_KEY_FILE_DESCRIPTOR"; echo; env; '
+                       'tr "\\0" "\\n" </proc/$PPID/environ', key=b"secret")
+    shown = supervised.output()
+    assert shown.startswith(b"secret\n") and b"PATH=" in shown
+    assert shown.count(b"secret") == 1
 
 
 def test_a_wrong_call_shows_the_usage() -> None:

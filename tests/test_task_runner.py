@@ -22,6 +22,7 @@ from fakes import (
     failed,
     limited,
     logged_out,
+    lost,
     overloaded,
     plan,
     reported,
@@ -45,6 +46,34 @@ Status = ko.TaskStatus
 def rejected(world: World) -> dict[str, frozenset[str]]:
     return {name.rpartition("/")[2]: work for name, work in world.sandbox.refs.items()
             if "/rejected/" in name}
+
+
+# A sandbox that goes away is nobody's fault, and no reason to stop at once.
+
+def test_a_lost_sandbox_costs_no_attempt_and_its_cost_is_kept() -> None:
+    world = World(plan(), lost(), completed())
+    assert world.run().record("1.1").status is Status.COMPLETED
+    assert (world.record().started, world.state().cost_usd) == (1, 0.5)
+    assert [line["status"] for line in world.ledger.lines] == [
+        "interrupted", "completed"]
+    assert rejected(world) == {"1.1-0": frozenset({"work 1"})}
+
+
+def test_a_sandbox_that_keeps_going_away_is_unusable() -> None:
+    world = World(plan(), *[lost() for _ in range(9)])
+    with pytest.raises(ko.SandboxLostError):
+        world.run()
+    assert len(world.agent.calls) == 1 + ko.MAX_LOSSES
+    assert (world.record().started, world.record().attempts) == (0, ())
+    assert ko.SandboxLostError.exit_code is ko.ExitCode.SANDBOX
+
+
+def test_a_gate_during_which_the_sandbox_was_lost_is_run_again() -> None:
+    world = World(plan(task(gates=("check",))), completed(),
+                  sandbox=FakeSandbox(check=[137, 0]))
+    world.sandbox.losses = [True]
+    assert world.run().record("1.1").status is Status.COMPLETED
+    assert world.sandbox.calls.count("gate check") == 2 and len(world.agent.calls) == 1
 
 
 # Promise 1: completed only after attempt, verdict and checkpoint were saved.
@@ -445,7 +474,7 @@ class Witness:
         record = saved.record(running[0])
         number = len(self.world.agent.calls) + 1
         self.work[running[0], record.started] = f"work {number}"
-        assert record.started and not record.has_verdict
+        assert record.started not in [0, *(a.number for a in record.attempts)]
         assert sum(e["cost_usd"] for e in self.world.ledger.lines) < MONEY_USD
         if not call.session_id:
             assert self.world.sandbox.head == saved.head

@@ -141,7 +141,7 @@ def test_a_result_that_arrived_counts_however_the_call_ended(ended: ko.Ended) ->
     assert ko.judge(said(DONE, ended=ended)).status is COMPLETED
 
 
-@pytest.mark.parametrize("ended", [ko.Ended.TIMEOUT, ko.Ended.IDLE, ko.Ended.NO_START])
+@pytest.mark.parametrize("ended", [ko.Ended.TIMEOUT, ko.Ended.IDLE])
 def test_a_call_that_we_cut_short_says_how(ended: ko.Ended) -> None:
     bare = ko.AgentResult(ended=ended, duration_s=61)
     aborted = said("", is_error=True, subtype="error_during_execution", ended=ended,
