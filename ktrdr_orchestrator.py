@@ -87,6 +87,7 @@ PIPE_BYTES = 1 << 20             # of a pipe to an agent; Linux's unprivileged m
 PR_SET_CHILD_SUBREAPER = 36      # linux/prctl.h
 BUNDLED = "refs/orchestrator/bundled"  # what a bundle for `fetch` holds
 MARK = "KTRDR_SANDBOX"           # environment variable that proves whose a process is
+CURED = "it is put right"        # what a person answers when the API refused to work
 PASSED_BY_HAND = "passed, I checked"   # a person's word that decides an E2E scenario
 MISSING_SESSION = "missing_session"    # the rule that a new session cures
 
@@ -129,10 +130,6 @@ class SandboxError(OrchestratorError):
 class SandboxLostError(SandboxError):
     """It went away, but is back, empty of processes: what ran is to be done again."""
 
-class NeedsPersonError(OrchestratorError):
-    """Nothing but a person can make the API answer: login, credit, model."""
-    exit_code = ExitCode.NEEDS_HUMAN
-
 class OutageError(OrchestratorError):
     """The API stayed unavailable longer than the run may wait."""
     exit_code = ExitCode.TRY_LATER
@@ -173,6 +170,7 @@ class Config:
     error_similarity: float = _setting(0.8, "0..1, two errors this alike are one", 0, 1)
     outage_delays_s: tuple[float, ...] = _setting(
         (30, 60, 120, 300, 600), "seconds to wait before each retry of an outage")
+    on_question: str = _setting("park", "if you're away", choices=("park", "recommend"))
     limit_wait_s: float = _setting(21600.0, "longest wait for a usage limit to reset")
 
 SETTINGS = dataclasses.fields(Config)
@@ -279,7 +277,6 @@ class Plan:
 
     @property
     def steps(self) -> tuple[Task, ...]:
-        """What a milestone consists of: its tasks, then the E2E scenario."""
         return (*self.tasks, self.e2e) if self.e2e else self.tasks
 
 class Ended(enum.StrEnum):
@@ -302,7 +299,6 @@ class Usage:
         return Usage(*map(sum, pairs))
     @property
     def tokens(self) -> dict[str, int]:
-        """By kind, as the ledger, `explain` and the metrics name them."""
         return {k: n for k, n in dataclasses.asdict(self).items() if k != "cost_usd"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -420,7 +416,6 @@ class RunState:
     def record(self, task_id: str) -> TaskRecord:
         return self.tasks.get(task_id, TaskRecord())
     def updated(self, task_id: str, **changes: Any) -> RunState:
-        """This state with some fields of one task record replaced."""
         new = dataclasses.replace(self.record(task_id), **changes)
         return dataclasses.replace(self, tasks={**self.tasks, task_id: new})
 
@@ -765,13 +760,11 @@ def task_prompt(
         (f"The milestone: {plan.title}", f"{plan.context}\n\n" + "\n".join(order)))
 
 def answer_prompt(plan: Plan, task_id: str, title: str, answer: str) -> str:
-    """What continues the session that asked."""
     return _prompt(f"Answer for task {task_id} of milestone {plan.milestone}: {title}",
                    f"A person answered your question:\n\n{answer}\n\n"
                    "Go on with the task and end with your report as before.")
 
 def e2e_prompt(plan: Plan, scenario: Task, run: int) -> str:
-    """The scenario as written, for a fresh session."""
     return _prompt(f"E2E scenario of milestone {plan.milestone} (run {run})",
                    _E2E_RULES, ("The scenario", scenario.text))
 
@@ -810,8 +803,7 @@ def _usage(value: Any) -> Usage:
     return Usage(n[0], n[1], n[2], n[3], _number(raw.get("costUSD")))
 
 def _with_result(seen: AgentResult, event: Mapping[str, Any]) -> AgentResult:
-    """A resumed session counts on from its past, so what was used since the last
-    result is taken where the CLI tells it (recordings/resume)."""
+    """A resumed session's totals go on: what was used since is taken where told."""
     used, models = event.get("model_usage_since_last_result"), dict(seen.models)
     if not isinstance(used, dict):
         total = {"unknown": {"costUSD": event.get("total_cost_usd")}}
@@ -1073,8 +1065,7 @@ _VOLATILE = (
     (re.compile(r"\d+(?:[.:,-]\d+)*"), "<n>"))
 
 def similarity(a: str, b: str) -> float:
-    """How alike two errors are, 0..1: difflib's ratio over at most 300 words of each,
-    without what changes from run to run."""
+    """How alike two errors are, 0..1, by 300 words of each less what varies."""
     def words(text: str) -> list[str]:
         for pattern, placeholder in _VOLATILE:
             text = pattern.sub(placeholder, text[:4000])
@@ -1130,8 +1121,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class ProcessResult:
-    """How a command ended; `exit_code` is negative for a signal, None if it had to be
-    killed, `interrupted` the signal that reached us meanwhile."""
+    """How a command ended; `exit_code` is negative for a signal, None if killed."""
     ended: Ended
     exit_code: int | None
     duration_s: float
@@ -1141,7 +1131,6 @@ class ProcessResult:
 
     @property
     def output(self) -> str:
-        """The end of both pipes as text, for a person."""
         both = self.stdout[-(64 << 10):] + self.stderr[-(64 << 10):]
         return both.decode(errors="replace").strip()
 
@@ -1256,7 +1245,6 @@ class _Child:
         self.pump_until(lambda: self.exit_code is not None, timeout_s=KILL_GRACE_S)
 
     def close(self) -> None:
-        """Kill the whole group, close the pipes, reap."""
         with self._popen, contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._popen.pid, signal.SIGKILL)
 
@@ -1399,8 +1387,7 @@ git update-ref refs/orchestrator/start HEAD
 """
 
 class Sandbox:
-    """The place an agent works in, and the git work that is the same in each. `open`
-    also ends what an earlier run left, `sweep` ends all that lives in it."""
+    """Where an agent works; `open` and `sweep` end all that lives in it."""
     name: str
     permissions: tuple[str, ...]
 
@@ -1714,8 +1701,7 @@ def disk(path: Path) -> Iterator[None]:
                          "was; make room or fix the rights") from None
 
 class Transcript(Listener):
-    """What one agent call printed, byte for byte: NAME.ndjson (stdout) and NAME.stderr,
-    ended by a line of ours that says how the call ended. Decodes as it listens."""
+    """What one call printed: NAME.ndjson, ended by a line of ours, and NAME.stderr."""
     def __init__(self, path: Path, on_tool: Callable[[str], None],
                  on_silence: Callable[[float], None]) -> None:
         super().__init__(STDERR_TAIL_BYTES)
@@ -1773,8 +1759,7 @@ class ClaudeAgent:
             session_id: str = "", model: str = "", timeout_s: float | None = None,
             budget_usd: float = 0.0,
             ) -> tuple[AgentResult, Interrupted | SandboxLostError | None]:
-        """In a fresh session, or in `session_id`. Ends with nothing of it alive. The
-        prompt goes in on stdin: argv is seen by all and holds 128 kB."""
+        """In a fresh session or `session_id`; nothing of it is alive afterwards."""
         config, sandbox = self._config, self._sandbox
         argv = [*shlex.split(config.claude), "-p", "--output-format", "stream-json",
                 "--verbose", "--json-schema", json.dumps(schema),
@@ -1813,7 +1798,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(folder)
 
 def _record_from(raw: Mapping[str, Any]) -> TaskRecord:
-    """Raises KeyError, TypeError or ValueError if it is none."""
     asked = raw["question"]
     return TaskRecord(**{
         **raw, "status": TaskStatus(raw["status"]),
@@ -1821,8 +1805,7 @@ def _record_from(raw: Mapping[str, Any]) -> TaskRecord:
         "question": asked and Question(**asked | {"options": tuple(asked["options"])})})
 
 class StateStore:
-    """RunState in `<milestone>_state.json`, its tasks as `task_results`, a line each.
-    What else stands there, `completed_tasks` say, is for jq and never read back."""
+    """RunState in `<milestone>_state.json`; `completed_tasks` and such are for jq."""
     def __init__(self, state_dir: Path, milestone: str, clock: Clock) -> None:
         self.path = state_dir / f"{milestone}_state.json"
         self.folder = state_dir / milestone
@@ -1891,8 +1874,7 @@ class StateStore:
         return target if found else None
 
 class RunLock:
-    """`<name>.lock` holds PID, start time and host of its owner; it is changed under
-    flock only. A dead owner, or a stranger with its PID, counts as none."""
+    """`<name>.lock`: PID, start time, host of its owner. A dead one counts as none."""
     def __init__(self, path: Path) -> None:
         pid, host, self._path = os.getpid(), os.uname().nodename, path
         self._me = {"pid": pid, "start": process_start(pid), "host": host}
@@ -1953,7 +1935,6 @@ class Ledger:
             os.fsync(file.fileno())
 
     def entries(self) -> Iterator[Mapping[str, Any]]:
-        """Every sound line, oldest first."""
         with disk(self._path), contextlib.suppress(FileNotFoundError), \
                 self._path.open("rb") as file:
             yield from json_objects(file)
@@ -2030,7 +2011,6 @@ def duration_text(seconds: float) -> str:
     return text.removeprefix("0:").removeprefix("0")
 
 def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell."""
     table = (header, *rows)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
@@ -2123,7 +2103,6 @@ def status_text(shown: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 def question_text(task_id: str, question: Mapping[str, Any]) -> str:
-    """A question as a person reads it, options by letter."""
     lines = [f"Task {task_id} asks: {question['text']}"]
     lines += [f"  {chr(97 + i)}) {text}" for i, text in enumerate(question["options"])]
     if question["recommendation"]:
@@ -2148,8 +2127,8 @@ def readable_events(lines: Iterable[bytes]) -> Iterator[str]:
 # ==== 15. Escalation desk ============================================ [flow]
 class EscalationDesk:
     """Gets an answer from a person now, or says that the question is parked."""
-    def __init__(self, terminal: Terminal, reporter: Reporter) -> None:
-        self._terminal, self._reporter = terminal, reporter
+    def __init__(self, terminal: Terminal, reporter: Reporter, config: Config) -> None:
+        self._terminal, self._reporter, self._config = terminal, reporter, config
 
     def ask(self, task_id: str, question: Question) -> str | None:
         """The answer in words; None: nobody is there, or they want to answer later."""
@@ -2160,11 +2139,19 @@ class EscalationDesk:
                 break
             if answer := chosen_answer(line, question):
                 return answer
+        if not self._terminal.is_interactive() and (
+                answer := recommended(self._config, question)):
+            self._reporter.progress(f"nobody is here, so as recommended: {answer}")
+            return answer
         return None
 
+def recommended(config: Config, question: Question | None) -> str:
+    """What --on-question recommend answers; not to what only a person can put right."""
+    answer = question.recommendation if question else ""
+    return answer if config.on_question == "recommend" and answer != CURED else ""
+
 def chosen_answer(line: str, question: Question) -> str:
-    """What a typed line stands for: an option by letter or number, the recommendation
-    ('skip' or nothing typed), or the words themselves; '' if it stands for nothing."""
+    """An option by letter or number, the recommendation for 'skip' or '', or words."""
     word = line.strip().lower()
     if word in ("", "skip"):
         return question.recommendation
@@ -2186,6 +2173,10 @@ class Crew:
     telemetry: Telemetry
     clock: Clock
     config: Config
+
+def left_to_wait_s(wait: Wait, now: datetime) -> float:
+    until = datetime.fromisoformat(wait.until) if wait.until else now
+    return (until - now).total_seconds()
 
 def git_name(text: str) -> str:
     """A text as one component of a ref."""
@@ -2239,8 +2230,7 @@ class TaskRunner:
             return self._crew.store.load() or state
 
     def _settle(self, state: RunState, task: Task) -> RunState | None:
-        """Run the gates on what the agent calls completed; commit it, or fail it. Also
-        what a run leaves that was killed between verdict and commit."""
+        """Run the gates on what the agent calls completed, now or before a crash."""
         if in_flight(state.record(task.id)) != VerdictStatus.COMPLETED:
             return None
         if evidence := self._gates(task):
@@ -2277,6 +2267,10 @@ class TaskRunner:
         if verdict is None:
             return state
         statuses = [attempt.status for attempt in state.record(task.id).attempts]
+        answered = old.question.text if old.question and session_id else ""
+        if answered and verdict.question and similarity(
+                verdict.question.text, answered) >= self._config.error_similarity:
+            return self._fail(state, task, f"asks again what was answered: {answered}")
         if session_id and verdict.rule == MISSING_SESSION:   # a new one gets the answer
             state = state.updated(task.id, base="", started=old.started,
                                   attempts=old.attempts)
@@ -2358,36 +2352,32 @@ class TaskRunner:
         return state.updated(task.id, attempts=attempts, base=state.head), verdict
 
     def _put_off(self, state: RunState, task: Task, problem: Outage) -> RunState:
-        """The wait saved, the attempt uncounted; or OutageError, NeedsPersonError."""
+        """The wait saved, the attempt uncounted, or a question if no wait is a cure.
+        Raises OutageError if the wait is too long."""
         config, now = self._config, self._crew.clock.now()
+        state = state.updated(task.id, started=state.record(task.id).started - 1)
+        if problem.kind is OutageKind.PERSON:
+            return self._save(state.updated(
+                task.id, status=TaskStatus.NEEDS_HUMAN, answer="", question=Question(
+                    f"Claude Code cannot work: {problem.reason}", (CURED,), CURED)))
         self._outages += 1
-        wait_s = None if problem.kind is OutageKind.PERSON else retry_delay_s(
-            problem, self._outages, now=now.timestamp(),
-            delays_s=config.outage_delays_s, limit_wait_s=config.limit_wait_s)
+        wait_s = retry_delay_s(problem, self._outages, now=now.timestamp(), delays_s=
+                               config.outage_delays_s, limit_wait_s=config.limit_wait_s)
         until_s = problem.resets_at if wait_s is None else now.timestamp() + wait_s
         wait = Wait(problem.reason, stamp(datetime.fromtimestamp(
             until_s, UTC)) if until_s else "")
-        state = self._save(dataclasses.replace(state, wait=wait).updated(
-            task.id, started=state.record(task.id).started - 1))
-        if problem.kind is OutageKind.PERSON:
-            raise NeedsPersonError(f"Claude Code cannot work: {wait.reason}",
-                                   hint="put that right, then start again")
+        state = self._save(dataclasses.replace(state, wait=wait))
         if wait_s is None:
             raise OutageError(f"the API is not available: {wait.reason}",
                               hint=f"start again after {wait.until or 'a while'}")
         return state
 
     def _sit_out(self, state: RunState) -> RunState:
-        """Wait as saved, maybe by an earlier run. Raises OutageError if too long."""
-        if (wait := state.wait) and wait.until:
-            clock, until = self._crew.clock, datetime.fromisoformat(wait.until)
-            left_s = (until - clock.now()).total_seconds()
-            if left_s > self._config.limit_wait_s and not self._outages:
-                raise OutageError(f"the API is not available: {wait.reason}",
-                                  hint=f"start again after {wait.until}")
-            if left_s > 0:
-                self._tell(f"{wait.reason}: going on at {wait.until}")
-                clock.sleep(left_s)
+        """Wait as saved, maybe by an earlier run."""
+        wait, clock = state.wait, self._crew.clock
+        if wait and (left_s := left_to_wait_s(wait, clock.now())) > 0:
+            self._tell(f"{wait.reason}: going on at {wait.until}")
+            clock.sleep(left_s)
         return dataclasses.replace(state, wait=None)
 
     def _gates(self, task: Task) -> str:
@@ -2608,6 +2598,13 @@ def cmd_run(world: World) -> ExitCode:
         if not task and exit_code(plan, state) is ExitCode.OK:
             world.reporter.progress("the milestone is completed; --fresh starts over")
             return ExitCode.OK
+        if reason := held_back(world, state):
+            world.reporter.progress(reason)
+            return ExitCode.NEEDS_HUMAN
+        if (wait := state.wait) and left_to_wait_s(
+                wait, world.clock.now()) > world.config.limit_wait_s:
+            raise OutageError(f"the API is not available: {wait.reason}",
+                              hint=f"start again after {wait.until}")
         for step in () if task else plan.steps:
             record = state.record(step.id)
             if record.status is TaskStatus.FAILED and (
@@ -2616,6 +2613,15 @@ def cmd_run(world: World) -> ExitCode:
                     f"task {step.id} {reason}", hint="raise that limit, edit the task, "
                     f"or {PROGRAM} task {plan.path} ID --guidance TEXT")
         return exit_code(part, work(world, plan, state, task))
+
+def held_back(world: World, state: RunState) -> str:
+    """Why a start without a person can do nothing yet, before it costs time; or ''."""
+    asks = [i for i, record in state.tasks.items()
+            if record.status is TaskStatus.NEEDS_HUMAN and not (
+                record.answer or recommended(world.config, record.question))]
+    told = f"task {', '.join(asks)} waits for an answer: {PROGRAM} status "
+    is_alone = not world.terminal.is_interactive()
+    return f"{told}{state.plan_path}" if asks and is_alone else ""
 
 def begun(world: World, plan: Plan) -> RunState:
     """The state to go on from; an answer is saved, whatever the sandbox does next."""
@@ -2652,19 +2658,19 @@ def begun(world: World, plan: Plan) -> RunState:
 def work(world: World, plan: Plan, state: RunState, task: Task | None) -> RunState:
     """Wire the adapters, run, leave nothing behind however it ends, and sum up."""
     reporter, config, sandbox = world.reporter, world.config, world.sandbox(state)
-    if marked := [t.id for t in plan.tasks
-                  if t.mark and not state.record(t.id).started]:
-        reporter.progress(f"warning: marked in the plan, but run: {', '.join(marked)}")
+    for t in plan.tasks:
+        if t.mark and not state.record(t.id).started:
+            reporter.progress(f"warning: {t.id} is marked {t.mark}, but is run")
     if isinstance(sandbox, LocalSandbox):
         argv = local_command(shlex.split(config.claude))
         config = dataclasses.replace(config, claude=shlex.join(argv))
     agent = ClaudeAgent(sandbox, world.processes, config, on_tool=reporter.tool,
                         on_silence=reporter.silence)
     telemetry = Telemetry(world.environ, reporter.progress)
+    desk = EscalationDesk(world.terminal, reporter, config)
     runner = MilestoneRunner(Crew(
-        agent, sandbox, world.store(plan.milestone),
-        Ledger(config.state_dir / "ledger.jsonl"), EscalationDesk(
-            world.terminal, reporter), reporter, telemetry, world.clock, config), plan)
+        agent, sandbox, world.store(plan.milestone), Ledger(config.state_dir /
+        "ledger.jsonl"), desk, reporter, telemetry, world.clock, config), plan)
     with contextlib.closing(telemetry), contextlib.closing(sandbox), \
             telemetry.span("milestone", milestone=plan.milestone):
         state = (runner.run_one(state, task, world.args.guidance) if task
@@ -2871,7 +2877,6 @@ def local_command(argv: Iterable[str]) -> list[str]:
 
 _EPILOG = """\
 examples:
-  %(prog)s check plan.md
   %(prog)s run plan.md --max-cost-usd 20
   %(prog)s resume plan.md --answer "use SQLite"
 """
@@ -2883,7 +2888,7 @@ _ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "--json": {**_ON, "help": "for machines"}, "--total": {**_ON, "help": "one number"},
     "--force": {**_ON, "help": "even so: under a run, over a branch that differs"},
     "--into": {"metavar": "REPO", "default": "", "help": "default: --repo"},
-    "--rebuild": {**_ON, "help": "build the image anew"},
+    "--rebuild": {**_ON, "help": "the image too"}, "--follow": {**_ON, "help": "it"},
     "--fresh": {**_ON, "help": "archive what an earlier run left and start over"},
     "--answer": {"dest": "answer", "metavar": "TEXT", "help": "to the parked question"},
     "--answer-file": {"dest": "answer", "metavar": "FILE",
@@ -2892,8 +2897,7 @@ _ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
                "help": "take the agent's recommendation"},
     "--guidance": {"metavar": "TEXT", "default": "", "help": "said to the agent"},
     "--by": {"choices": ("milestone", "task", "model", "day"), "default": "milestone"},
-    "--since": {"metavar": "2026-01-31", "type": datetime.fromisoformat},
-    "--follow": {**_ON, "help": "while it is written"}}
+    "--since": {"metavar": "2026-01-31", "type": datetime.fromisoformat}}
 _CLI: tuple[tuple[str, Callable[[World], ExitCode | None], str, str], ...] = (
     ("run", cmd_run, "start a milestone, or go on", "plan --fresh"),
     ("resume", cmd_run, "go on, perhaps with an answer to the parked question",

@@ -324,8 +324,8 @@ class World:
         reporter = ko.Reporter(self.told, self.told, self.clock, environ={})
         telemetry = ko.Telemetry({}, reporter.progress)
         return ko.Crew(self.agent, self.sandbox, self.store, self.ledger,
-                       ko.EscalationDesk(self.terminal, reporter), reporter, telemetry,
-                       self.clock, self.config)
+                       ko.EscalationDesk(self.terminal, reporter, self.config),
+                       reporter, telemetry, self.clock, self.config)
 
     def state(self) -> ko.RunState:
         """As saved, matched with the plan, as the next start reads it."""

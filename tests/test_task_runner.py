@@ -215,12 +215,13 @@ def test_a_wait_that_was_killed_is_honoured_by_the_next_start() -> None:
     assert world.clock.now().timestamp() >= reset and len(world.agent.calls) == 2
 
 
-def test_a_reset_too_far_off_ends_the_run_now_and_the_next_one_at_once() -> None:
+def test_a_reset_too_far_off_ends_the_run_now() -> None:
     world = World(plan(), completed())
     world.agent.outcomes.insert(0, limited(world.clock.now().timestamp() + 86400))
-    for _ in range(2):
-        with pytest.raises(ko.OutageError, match="usage limit"):
-            world.run()
+    with pytest.raises(ko.OutageError, match="usage limit"):
+        world.run()
+    wait = world.state().wait
+    assert wait and ko.left_to_wait_s(wait, world.clock.now()) == 86400
     assert (len(world.agent.calls), world.record().started) == (1, 0)
     world.clock.sleep(86400)
     assert world.run().record("1.1").status is Status.COMPLETED
@@ -233,16 +234,52 @@ def test_an_answer_ends_a_row_of_outages() -> None:
     assert world.clock.slept == [5, 5]
 
 
-@pytest.mark.parametrize("result", [logged_out(), overloaded()], ids=["login", "529"])
-def test_what_waiting_does_not_cure_ends_the_run_uncharged(
-    result: Outcome, tmp_path: Path,
+def test_an_outage_that_outlasts_the_delays_ends_the_run_uncharged(
+    tmp_path: Path,
 ) -> None:
-    world = World(plan(), result, completed(), config=ko.Config(outage_delays_s=()),
+    world = World(plan(), overloaded(), completed(),
+                  config=ko.Config(outage_delays_s=()),
                   store=ko.StateStore(tmp_path, "m", FakeClock()))
-    with pytest.raises((ko.NeedsPersonError, ko.OutageError)):
+    with pytest.raises(ko.OutageError):
         world.run()
     assert world.record().started == 0 and world.state().wait
     assert world.run().record("1.1").status is Status.COMPLETED
+
+
+@pytest.mark.parametrize("policy", ["park", "recommend"])
+def test_what_no_waiting_cures_is_asked_of_a_person_once_and_not_charged(
+    policy: str,
+) -> None:
+    world = World(plan(), logged_out(), completed(),
+                  config=ko.Config(on_question=policy))
+    for _ in range(3):
+        assert ko.exit_code(world.plan, world.run()) is ko.ExitCode.NEEDS_HUMAN
+    assert (len(world.agent.calls), world.record().started) == (1, 0)
+    question = world.record().question
+    assert question and "/login" in question.text
+    assert world.run(answer=question.recommendation).record(
+        "1.1").status is Status.COMPLETED
+    assert world.agent.calls[1].session_id == ""
+
+
+def test_with_nobody_there_the_recommendation_may_be_taken() -> None:
+    world = World(plan(), asks(), completed(),
+                  config=ko.Config(on_question="recommend"))
+    assert world.run().record("1.1").status is Status.COMPLETED
+    assert "blue" in world.agent.calls[1].prompt
+    assert "as recommended: blue" in world.told.getvalue()
+    silent = World(plan(), reported(status="needs_human", question="Which?"),
+                   config=ko.Config(on_question="recommend"))
+    assert silent.run().record("1.1").status is Status.NEEDS_HUMAN
+
+
+def test_a_question_that_comes_again_after_its_answer_is_a_loop() -> None:
+    world = World(plan(), asks("Which port, 8080 or 9090?"),
+                  asks("Which port, 8081 or 9090?"), completed(),
+                  terminal=FakeTerminal("a", "a", "a"))
+    record = world.run().record("1.1")
+    assert record.status is Status.FAILED and "asks again" in record.reason
+    assert len(world.terminal.prompts) == 1
 
 
 # Questions.
@@ -329,7 +366,9 @@ def test_another_task_in_between_takes_no_answer_to_work_that_is_gone() -> None:
 
 
 def test_the_question_above_the_limit_is_not_put_to_anybody() -> None:
-    world = World(plan(), *[asks()] * 9, terminal=FakeTerminal(*["a"] * 9))
+    texts = ("Which colour?", "Who pays for it?", "Shall old files be removed now?",
+             "What is the port of the service?", "Where do logs go?", "Why not both?")
+    world = World(plan(), *map(asks, texts), terminal=FakeTerminal(*["a"] * 9))
     record = world.run().record("1.1")
     limit = ko.MAX_QUESTIONS
     assert record.reason == f"asked {limit} questions, limit {limit}"
