@@ -107,6 +107,14 @@ class AgentBox(DockerBox):
     """One whose agent, the real CLI, talks to a scripted Messages API on loopback."""
 
     api: ScriptedApi
+    started: list[subprocess.Popen[str]]
+
+    def end_runs(self) -> None:
+        """Those that a failed test left."""
+        while self.started:
+            if (run := self.started.pop()).poll() is None:
+                run.kill()
+                run.communicate(timeout=30)
 
     def hanging_run(self, folder: Path) -> subprocess.Popen[str]:
         """A run whose agent works on a long command, with a daemon besides."""
@@ -116,6 +124,7 @@ class AgentBox(DockerBox):
             {"bash": "setsid sleep 600 >/dev/null 2>&1 & echo started"},
             {"bash": "python3 -c 'import time; time.sleep(600)'"}]]}
         started = self.program.start("run", plan, "--fresh")
+        self.started.append(started)
         wait_until(lambda: any("time.sleep(600)" in line for line in self.running())
                    or started.poll() is not None)
         assert started.poll() is None, started.communicate()
@@ -130,7 +139,7 @@ def agent_box(folder: Path, project: str) -> Iterator[AgentBox]:
             ANTHROPIC_BASE_URL=api.url, ANTHROPIC_API_KEY=KEY, SANDBOX_PIDS="512",
             CLAUDE_CODE_MAX_RETRIES="1", SANDBOX_MEMORY="2g") as box:
         made = AgentBox(box.program)
-        made.api = api
+        made.api, made.started = api, []
         yield made
 
 

@@ -19,6 +19,12 @@ def box(docker_engine: str, tmp_path_factory: pytest.TempPathFactory,
         yield made
 
 
+@pytest.fixture(autouse=True)
+def no_run_is_left(box: AgentBox) -> Iterator[None]:
+    yield
+    box.end_runs()
+
+
 def test_init_clones_the_host_repository_and_keeps_it_the_second_time(
     box: AgentBox,
 ) -> None:

@@ -26,6 +26,12 @@ def box(docker_engine: str, tmp_path_factory: pytest.TempPathFactory,
         yield made
 
 
+@pytest.fixture(autouse=True)
+def no_run_is_left(box: AgentBox) -> Iterator[None]:
+    yield
+    box.end_runs()
+
+
 def plan_of(box: AgentBox, folder: Path, name: str, *attempts: object, gate: str = "",
             tasks: int = 1) -> Path:
     """A plan whose tasks 1.1, 1.2, ... play these attempts."""
