@@ -1319,17 +1319,6 @@ def install_signal_handlers() -> None:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
-def process_start(pid: int) -> str:
-    """When a living process (no zombie) started, else ''; from /proc or ps (macOS)."""
-    with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        return "" if fields[0] in b"ZX" else fields[19].decode()
-    if Path("/proc/self/stat").exists():
-        return ""
-    shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], check=False,
-                           capture_output=True, timeout=COMMAND_TIMEOUT_S)
-    return shown.stdout.decode().strip()
-
 # ==== 10. Sandboxes ================================================= [shell]
 # Git as we run it in a workspace that an agent has had in its hands: no hooks, no
 # helpers in the background, no lock of a git that was killed. Scripts get $1 (the
@@ -1464,7 +1453,7 @@ class LocalSandbox(Sandbox):
         self.name = f"local sandbox {folder}"
         self._host_env = {k: v for k, v in environ.items() if not k.startswith(
             ("GIT_", "ORCHESTRATOR_"))} | {"GIT_TERMINAL_PROMPT": "0"}
-        run = f"{os.getpid()}:{process_start(os.getpid())}"
+        run = f"{os.getpid()}:{clock.monotonic()}"
         self._env = self._host_env | {
             MARK: str(self.folder), f"{MARK}_RUN": run,
             # should .git vanish: not the repository that the state directory is in
@@ -1874,42 +1863,42 @@ class StateStore:
         return target if found else None
 
 class RunLock:
-    """`<name>.lock`: PID, start time, host of its owner. A dead one counts as none."""
-    def __init__(self, path: Path) -> None:
-        pid, host, self._path = os.getpid(), os.uname().nodename, path
-        self._me = {"pid": pid, "start": process_start(pid), "host": host}
+    """`<name>.lock`, under flock while its owner lives, so that no dead one is in the
+    way; it names PID, start and host of its owner, and is empty after a good end."""
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self._path, self._clock = path, clock
 
     def __enter__(self) -> RunLock:
         """Raises LockHeldError."""
-        with disk(self._path), self._exclusive():
-            if owner := self.owner():
-                told = "milestone {} is in use by PID {pid} on {host}"
-                raise LockHeldError(
-                    told.format(self._path.stem, **owner), hint=f"{PROGRAM} status"
-                    if owner["host"] == self._me["host"] else f"over? rm {self._path}")
-            self._path.write_text(json.dumps(self._me), encoding="utf-8")
+        with disk(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = "PID {pid} on {host}".format(**self.owner() or {
+                    "pid": "?", "host": "a machine that just began"})
+                raise LockHeldError(f"milestone {self._path.stem} is in use by {who}",
+                                    hint=f"{PROGRAM} status shows how far it is"
+                                    ) from None
+            self._file.truncate(0)
+            self._file.write(json.dumps({
+                "pid": os.getpid(), "host": os.uname().nodename,
+                "start": stamp(self._clock.now())}))
+            self._file.flush()
         return self
 
     def __exit__(self, *_exc_info: object) -> None:
-        with contextlib.suppress(OSError), self._exclusive():
-            if self.owner() == self._me:    # not if a person gave it to another
-                self._path.unlink()
-
-    def _exclusive(self) -> BinaryIO:
-        """A file beside it, which is never unlinked, under flock until it is closed."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = self._path.with_name(".locking").open("wb")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        return file
+        self._file.truncate(0)
+        self._file.close()
 
     def owner(self) -> Mapping[str, Any] | None:
-        """Who owns it and lives, or cannot be asked because it is on another host."""
-        # one that is damaged has none: its writer died on the way
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            owner: dict[str, Any] = json.loads(self._path.read_bytes())
-            pid, start, host = int(owner["pid"]), owner["start"], owner["host"]
-            if host != self._me["host"] or (start and process_start(pid) == start):
-                return owner
+        """Who owns it, or did when it was killed and nobody has the PID since."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            owner: Mapping[str, Any] = json.loads(self._path.read_bytes())
+            if owner["host"] == os.uname().nodename:
+                os.kill(int(owner["pid"]), 0)
+            return owner
         return None
 
 def json_objects(lines: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
@@ -2537,7 +2526,7 @@ class World:
     def store(self, milestone: str) -> StateStore:
         return StateStore(self.config.state_dir, milestone, self.clock)
     def lock(self, milestone: str) -> RunLock:
-        return RunLock(self.config.state_dir / f"{milestone}.lock")
+        return RunLock(self.config.state_dir / f"{milestone}.lock", self.clock)
 
     def sandbox(self, state: RunState | None = None) -> DockerSandbox | LocalSandbox:
         """The kind the milestone was started in, unless a setting says otherwise."""

@@ -92,21 +92,12 @@ def test_a_grandchild_that_holds_the_pipes_does_not_hold_us() -> None:
 def test_the_group_of_a_finished_command_is_ended() -> None:
     _, ears = run("sleep 300 & echo $!")
     pid = int(ears.out)
+    stat = Path(f"/proc/{pid}/stat")
     for _ in range(100):
-        if not ko.process_start(pid):
-            break
+        if not stat.exists() or stat.read_text().split()[2] in "ZX":
+            return
         time.sleep(0.02)
-    assert not ko.process_start(pid)
-
-
-def test_a_start_time_tells_a_process_from_a_later_one_with_its_number() -> None:
-    child = subprocess.Popen(["sleep", "60"])
-    first = ko.process_start(child.pid)
-    assert first
-    assert first == ko.process_start(child.pid) != ko.process_start(os.getpid())
-    child.kill()
-    child.wait()
-    assert ko.process_start(child.pid) == ""
+    raise AssertionError(f"PID {pid} lives")
 
 
 SANDBOX = """
