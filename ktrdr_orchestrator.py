@@ -790,6 +790,13 @@ def _object(value: Any) -> Mapping[str, Any]:
 def _list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else ()
 
+def json_objects(lines: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
+    """What the lines hold; one that is torn, or no object, is passed over."""
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            if found := _object(json.loads(line.decode("utf-8", "replace"))):
+                yield found
+
 def tool_use(block: Mapping[str, Any]) -> str:
     """A tool call on one short line: its name and its most telling argument."""
     texts = (_text(_object(block.get("input")).get(key)) for key in _SUMMARY_KEYS)
@@ -1582,9 +1589,15 @@ class DockerSandbox(Sandbox):
 
     def janitor(self, *args: str, stdin: bytes = b"") -> Mapping[str, Any]:
         """What workspace.py did in a container of its own. Raises SandboxError."""
-        done = self.compose(*_JANITOR, "-T", "janitor", "workspace.py", *args,
-                            stdin=stdin, timeout_s=SLOW_TIMEOUT_S)
-        return _object(json.loads(done.stdout.splitlines()[-1]))
+        done = self._processes.run(Command(
+            argv=self.argv(*_JANITOR, "-T", "janitor", "workspace.py", *args),
+            env=self._env, stdin=stdin), timeout_s=SLOW_TIMEOUT_S)
+        report = next(json_objects(done.stdout.splitlines()[-1:]), {})
+        if report.get("error"):
+            raise SandboxError(f"{args[0]} in {self.name}: {report['error']}",
+                               hint=str(report.get("hint")))
+        done.checked(f"{args[0]} in {self.name}", hint=f"{PROGRAM} sandbox init")
+        return report
 
     def hold(self) -> bool:
         """Take the sandbox's lock; False: it does not run. Raises LockHeldError."""
@@ -1656,6 +1669,8 @@ class DockerSandbox(Sandbox):
             return super()._git(what, script, *args)
         except SandboxError:
             if not re.fullmatch("[0-9a-f]{40,64}", args[1]):
+                self.sh("test -d .git || { echo no repository in /workspace; exit 1; }"
+                        ).checked(self.name, hint=f"{PROGRAM} sandbox init")
                 raise
             self.sweep()
             self.recover(*args[:2])
@@ -1900,13 +1915,6 @@ class RunLock:
                 os.kill(int(owner["pid"]), 0)
             return owner
         return None
-
-def json_objects(lines: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
-    """What the lines hold; one that is torn, or no object, is passed over."""
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            if found := _object(json.loads(line.decode("utf-8", "replace"))):
-                yield found
 
 class Ledger:
     """`ledger.jsonl`: an object a line for each agent call, only ever appended to."""
