@@ -83,6 +83,8 @@ GATE_TIMEOUT_S = 900.0           # a `**Verify:**` command
 TELEMETRY_CLOSE_S = 1.0          # what a dead backend may cost at the end (promise 9)
 LIMIT_MARGIN_S = 60.0            # after a usage limit's reset, before the next call
 MAX_QUESTIONS = 5                # per task
+NOTIFY_TIMEOUT_S = 15.0          # one notifier; slower ones are given up
+LONG_WAIT_S = 600.0              # a wait that somebody is told of
 PIPE_BYTES = 1 << 20             # of a pipe to an agent; Linux's unprivileged maximum
 PR_SET_CHILD_SUBREAPER = 36      # linux/prctl.h
 BUNDLED = "refs/orchestrator/bundled"  # what a bundle for `fetch` holds
@@ -171,6 +173,9 @@ class Config:
     outage_delays_s: tuple[float, ...] = _setting(
         (30, 60, 120, 300, 600), "seconds to wait before each retry of an outage")
     on_question: str = _setting("park", "if you're away", choices=("park", "recommend"))
+    notify: str = _setting("", "where you are told", choices=("", "desktop"))
+    notify_command: str = _setting("", "a shell command that gets news as JSON, stdin")
+    notify_url: str = _setting("", "where news go as a JSON post (Slack, Discord, ...)")
     limit_wait_s: float = _setting(21600.0, "longest wait for a usage limit to reset")
 
 SETTINGS = dataclasses.fields(Config)
@@ -181,26 +186,22 @@ def setting_key(name: str) -> str:
 def setting_flag(name: str) -> str:
     return "--" + setting_key(name).replace("_", "-")
 
-def setting_value(name: str, text: str, source: str) -> Any:
-    """What a person wrote, in the field's type. Raises UsageError."""
-    kind: Any = type(getattr(Config(), name))
-    about = next(f.metadata for f in SETTINGS if f.name == name)
-    wants = {int: "a whole number", float: "a number", tuple: "numbers"}.get(kind)
-    problem = ""
+def setting_value(setting: dataclasses.Field[Any], text: str, source: str) -> Any:
+    """What a person wrote, in the type of the default. Raises UsageError."""
+    kind: Any = type(setting.default)
+    help, low, high, choices = setting.metadata.values()
     try:
         value: Any = (tuple(map(float, re.split(r"[,\s/]+", text.strip())))
                       if kind is tuple else kind(text))
-        numbers = value if kind is tuple else (value,) if wants else ()
-        if not all(about["minimum"] <= n <= about["maximum"] for n in numbers):
-            problem = f"is not in {about['minimum']:g}..{about['maximum']:g}"
-        elif about["choices"] and value not in about["choices"]:
-            problem = f"is none of {', '.join(about['choices'])}"
+        numbers = value if kind is tuple else (value,) if kind in (int, float) else ()
+        if all(low <= n <= high for n in numbers) and (
+                not choices or value in choices):
+            return value
+        problem = " or ".join(choices) if choices else f"in {low:g}..{high:g}"
     except ValueError:
-        problem = f"is not {wants}"
-    if problem:
-        raise UsageError(f"{source}: {text!r} {problem}",
-                         hint=f"{setting_flag(name)} takes {about['help']}")
-    return value
+        problem = "a whole number" if kind is int else "a number"
+    raise UsageError(f"{source}: {text!r} is not {problem}",
+                     hint=f"{setting_flag(setting.name)} takes {help}")
 
 def resolve_config(
     flags: Mapping[str, str | None], environ: Mapping[str, str],
@@ -208,23 +209,20 @@ def resolve_config(
 ) -> tuple[Config, dict[str, str]]:
     """Merge flag > environment > file > default; second: where each value came from.
     Raises UsageError for unknown variables and keys and for bad values, used or not."""
-    keys = {setting_key(s.name): s.name for s in SETTINGS}
-    ours = {k: v for k, v in environ.items() if k.startswith("ORCHESTRATOR_")}
-    variables = {f"ORCHESTRATOR_{key.upper()}": name for key, name in keys.items()}
-    config, sources = Config(), {s.name: "default" for s in SETTINGS}
-    by_flag = {setting_flag(name): text for name, text in flags.items()}
-    for where, written, known in (           # the last word wins
-            (f"{file_name} ", file, keys), ("environment ", ours, variables),
-            ("", by_flag, {setting_flag(s.name): s.name for s in SETTINGS})):
-        for name, text in written.items():
-            if name not in known:
-                raise UsageError(f"{where}{name}: unknown setting",
-                                 hint=f"known: {', '.join(known)}")
-            if text is not None:
-                value = setting_value(known[name], text, where + name)
-                config = dataclasses.replace(config, **{known[name]: value})
-                sources[known[name]] = where + name
-    return config, sources
+    ours, keys = "ORCHESTRATOR_", {setting_key(s.name): s for s in SETTINGS}
+    written = [(f"{file_name} {key}", key, text) for key, text in file.items()]
+    written += [(f"environment {name}", name.removeprefix(ours).swapcase(), text)
+                for name, text in environ.items() if name.startswith(ours)]
+    written += [(setting_flag(name), setting_key(name), text)
+                for name, text in flags.items() if text is not None]
+    values, sources = dict[str, Any](), {s.name: "default" for s in SETTINGS}
+    for source, key, text in written:        # the last word wins
+        if key not in keys:
+            raise UsageError(f"{source}: unknown setting",
+                             hint=f"known: {', '.join(keys)}")
+        name = keys[key].name
+        values[name], sources[name] = setting_value(keys[key], text, source), source
+    return Config(**values), sources
 
 # ==== 3. Data model ============================================ [vocabulary]
 E2E_ID = "e2e"                   # of the scenario, which stands among the tasks
@@ -311,6 +309,7 @@ class AgentResult:
     session_id: str = ""
     text: str = ""
     structured: Mapping[str, Any] | None = None
+    asked: Mapping[str, Any] | None = None   # its last AskUserQuestion, never answered
     is_error: bool = False
     subtype: str = ""
     terminal_reason: str = ""
@@ -699,9 +698,9 @@ VERDICT_SCHEMA = _schema(
         "provide what is missing (a product decision, a secret, a contradiction)."},
     summary="what was done, one to three sentences",
     error="failed: the decisive error, verbatim",
-    question="needs_human: one answerable question",
-    options={**_TEXTS, "description": "needs_human: the possible answers"},
-    recommendation="needs_human: your own choice")
+    question="needs_human: one question, clear to who has not seen your work",
+    options={**_TEXTS, "description": "needs_human: the possible answers, complete"},
+    recommendation="needs_human: the option that you would take, and why")
 E2E_SCHEMA = _schema(
     "status", status={"type": "string", "enum": ["passed", "failed", "unclear"]},
     diagnosis="failed or unclear: what is wrong, where",
@@ -711,10 +710,10 @@ _TASK_RULES = """\
 You work alone in a sandbox; nobody is watching and nobody can be asked while you work.
 Do this one task and nothing else. Do not touch the plan file, and do not weaken, skip
 or delete tests to get a result. Commit nothing: your changes are committed for you.
-Decide details yourself, as a careful senior engineer would. Stop with needs_human only
-when going on needs a decision or a secret that only a person has.
+Decide details as a careful senior engineer would, and say what you chose. needs_human
+is for what only a person can give: a product decision, a secret, consent to what cannot
+be undone, a way out of a contradiction. An offer after finished work is no question.
 Check every acceptance criterion by running something before you report completed.
-
 End with your report. Without a structured report, end your last message with:
 STATUS: completed | failed | needs_human
 SUMMARY: ... | ERROR: ... | QUESTION: ... OPTIONS: ... RECOMMENDATION: ..."""
@@ -894,7 +893,13 @@ class StreamDecoder:
         self._events += kind != END_EVENT
         if kind == "assistant":
             blocks = map(_object, _list(_object(event.get("message")).get("content")))
-            self._tools += [tool_use(b) for b in blocks if b.get("type") == "tool_use"]
+            calls = [block for block in blocks if block.get("type") == "tool_use"]
+            self._tools += map(tool_use, calls)
+            for call in calls:
+                questions = _list(_object(call.get("input")).get("questions"))
+                if call.get("name") == "AskUserQuestion" and questions:
+                    asked = _object(questions[0])
+                    self.seen = dataclasses.replace(self.seen, asked=asked)
         elif kind == "result":
             self.seen = _with_result(self.seen, event)
         elif kind == "rate_limit_event":
@@ -969,50 +974,54 @@ def _block(text: str, status_key: str) -> dict[str, str]:
 
 _TAIL_CHARS = 1500               # of prose and code: the part that decides
 _EVEN = str.maketrans("’‘“”？؟", "''\"\"??")
-_NOT_PROSE = re.compile(r"\A.*</think[\w-]{0,80}>|^ *```.*?(?:^ *```|\Z)", re.M | re.S)
-_SENTENCE_END = re.compile(r"(?<=[^\d\s][.!?:])\s+|\n")
-_CHOICE = re.compile(r"\[[A-Z0-9]\] ?\w[^\[\n/]{1,200}"
-                     r"|^ *(?:[-*•]|\d{1,2}[.)]|[A-Za-z][).]) *\S.*", re.M)
-_NEEDED = r"(?:approval|permission|confirmation|intervention|credential)s?"
-_BLOCKED = re.compile(
-    r"\bI(?:'ll|'d)? (?:\w+ )?need (?:you|the user|a human)\b|\bneeds? from you\b"
-    r"|\bI(?:'m| am| have been) (?:\w+ )?(?:blocked|waiting)\b"
-    r"|\b(?:user|human) (?:needs? to|must|has to|should)\b"
-    r"|\bcan(?:not|'t) (?:proceed|continue|start|begin)\b"
-    rf"|\b(?:requires?|needs?|awaiting|waiting for) (?:\w+ )?{_NEEDED}\b"
-    rf"|\b{_NEEDED} (?:is |are )?(?:required|needed)\b", re.I)
-_MENU = re.compile(r"\[(?:Y|N|[A-CE-W]|1)\]|\[Y ?/ ?N\]|\(y/n\)")
-_REQUEST = re.compile(
-    r"^(?:choose|select|reply|confirm|pick|tell me|answer|respond)\b"
-    r"|(?:^|\b(?:could|can|would) you |[,;] )(?:please|kindly) (?!note|see)", re.I)
-_QUESTION = re.compile(r"^[^#].{10,}[\w)\"'`\]]\?[\"')\]_* ]*$")
-_COURTESY = re.compile(
-    r"(?i)\b(?:^if (?:you|it)|any|anything|else|additional|further|specific|other|more"
-    r"|next|instead|also|commit|push|whichever|whenever|happy to|let me know)\b")
-_OFFER = re.compile(r"\b(?:(?:want|like|need|prefer) me to|shall (?:I|we))\b", re.I)
+_NOT_PROSE = re.compile(r"(?ms)\A.*</think[\w-]{0,80}>|^ *```.*?(?:^ *```|\Z)|`[^`\n]*`"
+                        r"|\"[^\"\n]*\"|^(?: *>|RECOMMENDATION:)[^\n]*")
+_SENTENCE = re.compile(r"(?m).+?(?:(?<=[^\d\s][.!?])(?=\s)|(?<=\?)(?=\w)|$)")
+_CHOICE = re.compile(r"(?m)\[[A-Z0-9]\] ?\w[^\[\n/]+|^ *(?:[-*•]|\w{1,2}[.)]) +\S.*")
+_QUESTION = re.compile(r"^(?!#|[Ww]hy ).{9,}[\w)\"'`\] ]\?[\"')\]_* ]*$")
+_CHOOSES = re.compile(r"(?i)\b(?:wh(?:ich|at|ere|o)|how)\b.*\b(?:your?|I|we|should)\b"
+    r"|^ready|\b(?:should (?!I|we)|proceed|begin|start|go (?:on|ahead)|(?<!to )or)\b")
+_COURTESY = re.compile(r"(?i)^\W*(?:if|how about)\b|\b(?:any(?:thing| questions?)"
+    r"|(?<!body )else|more|other|next|additional|too|again|sense|specific|commit)\b")
+_REQUEST = re.compile(r"(?i)^(?:to [^,]{3,60}, |please |c\w+ you )?(?:choose|select"
+    r"|pick|reply|say|type _+|tell me|give me|send|share|paste|provide|specify|clarify"
+    r"|grant|approve|allow|confirm(?! that)|let me know (?:wh|how (?!it))\w*)\b"
+    r"|\band (?:paste|send|tell me) (?!m)|\[(?-i:Y|N|[A-CE-W]|1)\]|[\[(]y ?/ ?n[\])]")
+_NEEDS = r"\b(?:requires?|needs?|pending|a?wait\w*(?: on| for)?) "
+_CONSENT = r"(?:approv\w+|permissions?|confirmation|authori\w+|credentials|decision)"
+_HALTED = re.compile(            # nobody says so of finished work
+    r"(?i)\bI(?:'ll|'d)? (?:\w+ )?(?:need|like) (?:(?!to)|to (?:see|know|have))\b"
+    rf"|{_NEEDS}you(?:r| to)\b|\bI(?:'m| am)? (?:unable to|can.?.?t) (?:go|pro|con)"
+    r"|^(?!I\b)[^,]+ and I'll|(?:once|when|after) (?:you(?!'re)|that)\b.*\bI('ll| can)"
+    rf"|'s your call|(?:commit|push|edit|write)s?\b.{{,30}}{_NEEDS}(?:\w+ )?{_CONSENT}"
+    r"|(?:^|still |\bI(?:'\w+| am| have)? (?:\w+ )?)(?:stopped|paused|blocked|stuck"
+    rf"|waiting)(?! \w+s )|^(?:{_CONSENT}|action|.* (?:step|input)) (?:requir|need)ed")
+_STUCK = re.compile(rf"(?i){_NEEDS}.{{,30}}{_CONSENT}|{_CONSENT}.{{,40}} (?:requir|need"
+    r"|deni)ed|(?:^user|human|person|some(?:one|body)) .{,25}(?:needs? to|must) (?!alr)"
+    r"|I do(?:n't| not) have|you'll (?:need|have) |blocked[:.]|(?:^|you )please (?!l)")
 _WORK_DONE = re.compile(
-    r"(?im)^\W{0,6}(?:(?:I|We)(?:'ve| have)? )?(?:(?:also|now|\w+ly) )?"
-    r"(?!need|block|wait|bas|relat)(?:done|[a-z]{2,16}(?:ed|rote|uilt|ade))\b"
-    r"|\b(?:is|are|all|been|now) (?:done|fixed|ready|completed?)\b|\bpass(?:ed)?\b|✅")
+    r"(?im)(?:^|[.!;] )\W{0,6}(?:(?:I|We)(?:'ve| have)? )?(?:\w+ly |also |now )?(?!need"
+    r"|block|wait|bas|relat|stop|paus|not|propos|tri|fail)(?:done|all set|ran|[a-z]"
+    r"{1,16}(?:ed|rote|uilt|ade))\b|\b(?!I\b)\w+ now \w+s\b|\bpass(?:ed)?\b|✅"
+    r"|\b(?:is|are|all|been|now) (?:done|fixed|ready|complete)")
 
 def _from_prose(result: AgentResult) -> _Report:
     """Who must act next? An offer after finished work holds nothing up."""
     even = result.text.translate(_EVEN).replace("**", "")
-    prose = _NOT_PROSE.sub(lambda part: " " * len(part[0]), even).rstrip()
-    tail, is_done = prose[-_TAIL_CHARS:], bool(_WORK_DONE.search(prose))
-    said = [sentence.strip() for sentence in _SENTENCE_END.split(tail)]
-    firm = [s for s in said
-            if not (_COURTESY.search(s) or (is_done and _OFFER.search(s)))]
-    rules = (("text_blocked", _BLOCKED, said), ("text_menu", _MENU, said),
-             ("text_request", _REQUEST, firm if is_done else said),
-             ("text_question", _QUESTION, firm))
-    for rule, pattern, among in rules:
-        if asked := next(filter(pattern.search, among), ""):
-            return rule, {"status": "needs_human", "question": asked,
-                          "options": _CHOICE.findall(tail[tail.find(asked):])}
+    prose = _NOT_PROSE.sub(lambda p: "_ "["\n" in p[0]] * len(p[0]), even).rstrip()
+    start, done = max(0, len(prose) - _TAIL_CHARS), bool(_WORK_DONE.search(prose))
+    said = [(m[0].strip(), slice(*m.span())) for m in _SENTENCE.finditer(prose, start)]
+    asked = [(words, at) for words, at in said if not _COURTESY.search(words)
+             and (not done or _CHOOSES.search(words))]
+    rules = {"text_question": (_QUESTION, asked), "text_request": (_REQUEST, said),
+             "text_blocked": (_HALTED, said), "text_stuck": (_STUCK, said * (not done))}
+    for rule, (pattern, among) in rules.items():
+        if at := next((at for words, at in among if pattern.search(words)), None):
+            return rule, {"status": "needs_human", "question": even[at].strip(),
+                          "options": _CHOICE.findall(even, at.start, len(prose))}
     if not result.text.strip():
         return "empty", {"error": "the agent ended without a word"}
-    return "text_done" if is_done else "text_no_request", {"status": "completed"}
+    return "text_done" if done else "text_no_request", {"status": "completed"}
 
 def _from_end(result: AgentResult) -> _Report:
     """By how the call ended: no result event, or one that is an error."""
@@ -1037,6 +1046,12 @@ def _report(result: AgentResult, key: str, statuses: Sequence[str]) -> _Report |
                                     ("marker", _block(result.text, key)))
     return next((r for r in reports if _word(r[1]) in statuses), None)
 
+def _from_question(asked: Mapping[str, Any]) -> _Report:
+    """Headless, the CLI refuses AskUserQuestion: nobody has seen it."""
+    options = [_text(_object(o).get("label")) for o in _list(asked.get("options"))]
+    return "asked", {"status": "needs_human", "options": options,
+                     "question": asked.get("question")}
+
 _STATUSES = {**{status.value: status for status in VerdictStatus},
              "passed": VerdictStatus.COMPLETED, "unclear": VerdictStatus.NEEDS_HUMAN}
 
@@ -1056,7 +1071,8 @@ def _verdict(result: AgentResult, report: _Report, unsaid: VerdictStatus) -> Ver
 
 def judge(result: AgentResult) -> Verdict:
     """Decide what a call came to. Ask `outage` first: it is no verdict on the task."""
-    report = _report(result, "status", [*VerdictStatus]) or _from_prose(result)
+    report = _report(result, "status", [*VerdictStatus]) or (
+        _from_question(result.asked) if result.asked else _from_prose(result))
     return _verdict(result, report, VerdictStatus.FAILED)
 
 def judge_e2e(result: AgentResult) -> Verdict:
@@ -1141,56 +1157,53 @@ class ProcessResult:
         both = self.stdout[-(64 << 10):] + self.stderr[-(64 << 10):]
         return both.decode(errors="replace").strip()
 
-    def checked(self, what: str, *, hint: str) -> ProcessResult:
-        """This result. Raises SandboxError unless the command succeeded."""
+    def checked(self, what: str, *, hint: str, told: str = "") -> ProcessResult:
+        """This result. Raises SandboxError, with what it told, unless it succeeded."""
         if self.exit_code != 0:
-            told = shortened(self.output) or f"{self.ended}, status {self.exit_code}"
+            told = told or shortened(self.output) or (
+                f"{self.ended}, status {self.exit_code}")
             raise SandboxError(f"{what}: {told}", hint=hint)
         return self
 
 class Listener:
     """Who reads a running command; this one keeps the last `limit` bytes of each pipe.
-    `on_tick` comes each second at least; `is_done` true starts the result grace."""
+    `on_tick` comes each second at least; true starts the result grace."""
     def __init__(self, limit: int) -> None:
         self.out, self.err, self._limit = bytearray(), bytearray(), limit
-    def on_output(self, data: bytes) -> None:
-        self.out += data
-        del self.out[:-self._limit]
-    def on_error(self, data: bytes) -> None:
-        self.err += data
-        del self.err[:-self._limit]
-    def on_tick(self, idle_s: float) -> None: ...
-    def is_done(self) -> bool:
+    def hear(self, data: bytes, *, is_error: bool) -> None:
+        kept = self.err if is_error else self.out
+        kept += data[-self._limit:]
+        del kept[:-self._limit]
+    def on_tick(self, idle_s: float) -> bool:
         return False
 
-def _started(command: Command, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
+def _started(command: Command, stderr: int) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
             command.argv, bufsize=0, cwd=command.cwd, env=command.env, stderr=stderr,
-            stdin=subprocess.PIPE, stdout=stdout, start_new_session=True)
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     except OSError as error:
         told = shortened(shlex.join(command.argv), 160)
         raise SandboxError(f"cannot start {command.argv[0]!r}: {error.strerror}",
                            hint=f"is it on PATH? {told}") from None
-
-_Tell = Callable[[bytes], None]
 
 class _Child:
     """One started command, a thread at each pipe: no side ever waits for another."""
     def __init__(self, command: Command, listener: Listener, clock: Clock,
                  secrets: Sequence[bytes]) -> None:
         self._command, self._listener, self._clock = command, listener, clock
-        self._popen = p = _started(command, subprocess.PIPE, subprocess.PIPE)
+        p = _started(command, subprocess.PIPE)
+        self._popen, self.poll = p, p.poll      # the exit code, None while it runs
         self.started_at = self._last_output_at = clock.monotonic()
         self._done_at, self.open_pipes = float("inf"), 2
         # few, and then the threads wait: what is not yet told stays in the pipe
-        self._heard = queue.Queue[tuple[_Tell, bytes, bool]](2)
-        for act, *about in ((self._write,), (self._read, p.stdout, listener.on_output),
-                            (self._read, p.stderr, listener.on_error)):
-            threading.Thread(target=act, args=(Redactor(secrets), *about),
-                             daemon=True).start()
+        self._heard = queue.Queue[tuple[bytes, bool]](2)
+        self._redactors = Redactor(secrets), Redactor(secrets)
+        for act, *args in ((self._write,), (self._read, p.stdout, False),
+                           (self._read, p.stderr, True)):
+            threading.Thread(target=act, args=args, daemon=True).start()
 
-    def _write(self, _: Redactor) -> None:
+    def _write(self) -> None:
         left, stdin = memoryview(self._command.stdin), self._popen.stdin
         with contextlib.suppress(OSError, ValueError):   # nobody reads it any more
             while left and stdin:
@@ -1198,17 +1211,13 @@ class _Child:
         if stdin and not self._command.holds_stdin:
             stdin.close()
 
-    def _read(self, safe: Redactor, pipe: IO[bytes], tell: _Tell) -> None:
+    def _read(self, pipe: IO[bytes], is_error: bool) -> None:
         with contextlib.suppress(AttributeError, OSError):   # a mere speed-up
             fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         with contextlib.suppress(OSError, ValueError):           # given up meanwhile
             while data := os.read(pipe.fileno(), PIPE_BYTES):
-                self._heard.put((tell, safe.feed(data), True))
-            self._heard.put((tell, safe.feed(b""), False))
-
-    @property
-    def exit_code(self) -> int | None:
-        return self._popen.poll()
+                self._heard.put((data, is_error))
+            self._heard.put((b"", is_error))
 
     def _pump(self, wait_s: float) -> None:
         """Tell what was heard; look twice a second, since others may hold the pipes."""
@@ -1216,25 +1225,24 @@ class _Child:
             if not self.open_pipes:
                 self._popen.wait(min(wait_s, 0.5))
                 return
-            tell, data, is_open = self._heard.get(timeout=min(wait_s, 0.5))
-            self.open_pipes -= not is_open
-            if is_open:
-                self._last_output_at = self._clock.monotonic()
+            data, is_error = self._heard.get(timeout=min(wait_s, 0.5))
             if data:
-                tell(data)
-            if self._done_at == float("inf") and self._listener.is_done():
-                self._done_at = self._last_output_at
+                self._last_output_at = self._clock.monotonic()
+            self.open_pipes -= not data
+            if told := self._redactors[is_error].feed(data):
+                self._listener.hear(told, is_error=is_error)
 
     def watch(self, *, timeout_s: float, idle_s: float) -> Ended:
         """Pump until the process ends or a deadline passes; say which."""
-        while self.exit_code is None:
+        while self.poll() is None:
             now = self._clock.monotonic()
             next_at, reason = min((self._done_at + RESULT_GRACE_S, Ended.GRACE),
                                   (self.started_at + timeout_s, Ended.TIMEOUT),
                                   (self._last_output_at + idle_s, Ended.IDLE))
             if now >= next_at:
                 return reason
-            self._listener.on_tick(now - self._last_output_at)
+            if self._listener.on_tick(now - self._last_output_at):
+                self._done_at = min(self._done_at, now)
             self._pump(next_at - now)
         return Ended.EXIT
 
@@ -1249,7 +1257,7 @@ class _Child:
             self._popen.stdin.close()
         else:
             self._popen.send_signal(signal.SIGINT)
-        self.pump_until(lambda: self.exit_code is not None, timeout_s=KILL_GRACE_S)
+        self.pump_until(lambda: self.poll() is not None, timeout_s=KILL_GRACE_S)
 
     def close(self) -> None:
         with self._popen, contextlib.suppress(ProcessLookupError, PermissionError):
@@ -1275,7 +1283,7 @@ class Processes:
                 child.stop()
             # what is left; for a moment only, since others may hold the pipes open
             child.pump_until(lambda: not child.open_pipes, timeout_s=DRAIN_GRACE_S)
-            exit_code = child.exit_code
+            exit_code = child.poll()
         duration_s = self._clock.monotonic() - child.started_at
         return ProcessResult(ended, exit_code, duration_s, interrupted=interrupted)
 
@@ -1291,12 +1299,9 @@ class Processes:
 class Held:
     """A command that ends when we do, or close it; `told` is its first line, or ''."""
     def __init__(self, command: Command) -> None:
-        ours, its = os.pipe()
-        with open(ours, "rb", buffering=0) as out:
-            try:
-                self._popen = _started(command, its, subprocess.DEVNULL)
-            finally:
-                os.close(its)
+        self._popen = _started(command, subprocess.DEVNULL)
+        assert self._popen.stdout
+        with self._popen.stdout as out:
             ready = select.select([out], [], [], STEP_TIMEOUT_S)[0]
             self.told = out.readline().decode().strip() if ready else ""
 
@@ -1305,12 +1310,40 @@ class Held:
             self._popen.communicate(timeout=STEP_TIMEOUT_S)
         self._popen.kill()
 
+class Notifier:
+    """Tells somebody who is elsewhere. One that fails is a warning and no more."""
+    def __init__(self, processes: Processes, config: Config,
+                 warn: Callable[[str], None]) -> None:
+        self._processes, self._config, self._warn = processes, config, warn
+
+    def tell(self, event: str, milestone: str, text: str) -> None:
+        """`event`: question, completed, failed, interrupted, waiting or resumed."""
+        config, told = self._config, f"{milestone} {event}: {text}"
+        news = json.dumps({"event": event, "milestone": milestone,
+                           "text": told, "content": told})     # Slack's and Discord's
+        desktop = ("notify-send", PROGRAM, told) if sys.platform != "darwin" else (
+            "osascript", "-e", f"display notification {json.dumps(told)}")
+        post = "\n".join((f"url = {json.dumps(config.notify_url)}", "fail", "silent",
+                          "show-error", 'header = "Content-Type: application/json"',
+                          f"data = {json.dumps(news)}"))
+        for is_wanted, argv, stdin in (      # curl reads it all: a URL may be a secret
+                (config.notify_url, ("curl", "-K", "-"), post),
+                (config.notify_command, ("sh", "-c", config.notify_command), news),
+                (config.notify, desktop, "")):
+            try:
+                if is_wanted:
+                    self._processes.run(Command(argv=argv, stdin=stdin.encode()),
+                                        timeout_s=NOTIFY_TIMEOUT_S).checked(
+                                            "it failed", hint="")
+            except SandboxError as error:
+                self._warn(f"warning: nobody was told by {argv[0]}: {error}")
+
 class Terminal:
     """The person at the keyboard, if there is one."""
     def __init__(self, stdin: TextIO, stdout: TextIO) -> None:
         self._in, self._out = stdin, stdout
     def is_interactive(self) -> bool:
-        return self._in.isatty() and self._out.isatty()
+        return bool(self._in) and self._in.isatty() and self._out.isatty()
 
     def ask(self, prompt: str) -> str | None:
         """One line; None: the person closed the input (Ctrl-D)."""
@@ -1371,11 +1404,12 @@ _NEW_BRANCH = _GIT + """
 set -- "$1" "$($git rev-parse -q --verify "origin/$2^{commit}" || echo "$2")" "$3"
 old=$($git rev-parse -q --verify "refs/heads/$1") && $git update-ref "$3" "$old"
 """ + _SWITCH
-# $1 what to clone ('' = nothing), $2 where to; nothing in the clone leads back
+# $1 in what to clone, if it is a repository, $2 where to; nothing there leads back
 _CLONE = """
-if [ "$1" ]; then git clone -q --no-hardlinks -- "$1" "$2"; else git init -q "$2"; fi
+top=$(git -C "$1" rev-parse --show-toplevel) || top=
+if [ "$top" ]; then git clone -q --no-hardlinks "$top" "$2"; else git init -q "$2"; fi
 cd "$2"
-[ -z "$1" ] || git config --remove-section remote.origin      # its branches stay
+[ -z "$top" ] || git config --remove-section remote.origin      # its branches stay
 git config user.name ktrdr_orchestrator
 git config user.email orchestrator@localhost
 git rev-parse -q --verify HEAD || git commit -q --allow-empty -m Start
@@ -1386,17 +1420,23 @@ class Sandbox:
     """Where an agent works; `open` and `sweep` end all that lives in it."""
     name: str
     permissions: tuple[str, ...]
+    _held: Held | None = None        # a process that lives as long as we do
 
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
+    def __init__(self, processes: Processes, clock: Clock) -> None:
+        self._processes, self._clock = processes, clock
     def open(self) -> None: ...
     def sweep(self) -> None: ...
     def command(self, argv: Sequence[str]) -> Command:
         raise NotImplementedError
     def agent_command(self, argv: Sequence[str], prompt: bytes) -> Command:
         return dataclasses.replace(self.command(argv), stdin=prompt)
+    def release(self) -> None:
+        if self._held:
+            self._held.close()
     def close(self) -> None:
-        self.sweep()
+        with contextlib.suppress(SandboxLostError):      # so nothing lives in it
+            self.sweep()
+        self.release()
 
     def sh(self, script: str, *args: str, timeout_s: float = COMMAND_TIMEOUT_S,
            is_gate: bool = False, max_bytes: int = 1 << 20) -> ProcessResult:
@@ -1455,17 +1495,15 @@ class LocalSandbox(Sandbox):
 
     def __init__(self, processes: Processes, clock: Clock, *, folder: Path, repo: Path,
                  environ: Mapping[str, str]) -> None:
-        super().__init__(processes)
-        self.folder, self._repo, self._clock = folder.absolute(), repo, clock
+        super().__init__(processes, clock)
+        self.folder, self._repo = folder.absolute(), repo
         self.name = f"local sandbox {folder}"
         self._host_env = {k: v for k, v in environ.items() if not k.startswith(
             ("GIT_", "ORCHESTRATOR_"))} | {"GIT_TERMINAL_PROMPT": "0"}
-        run = f"{os.getpid()}:{clock.monotonic()}"
         self._env = self._host_env | {
-            MARK: str(self.folder), f"{MARK}_RUN": run,
+            MARK: str(self.folder), f"{MARK}_RUN": f"{os.getpid()}:{clock.monotonic()}",
             # should .git vanish: not the repository that the state directory is in
             "GIT_CEILING_DIRECTORIES": str(self.folder.parent)}
-        self._guard: Held | None = None
 
     def open(self) -> None:
         """Adopts orphans, so that nothing an agent starts slips away from `sweep`."""
@@ -1475,7 +1513,7 @@ class LocalSandbox(Sandbox):
         self._host("timeout", "10", "sh", "-c", _KILL_MARKED, "sweep", mark).checked(
             f"what an earlier run left in {self.name} does not end",
             hint=f"grep -lsz {mark} /proc/*/environ")
-        self._guard = Held(Command(env=self._host_env, argv=(
+        self._held = Held(Command(env=self._host_env, argv=(
             "sh", "-c", _GUARD, "guard", f"{MARK}_RUN={self._env[f'{MARK}_RUN']}")))
         if sys.platform != "linux" or ctypes.CDLL(None).prctl(
                 PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
@@ -1484,9 +1522,7 @@ class LocalSandbox(Sandbox):
             return
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.new")
-        top = self._host("git", "-C", str(self._repo), "rev-parse", "--show-toplevel")
-        source = top.stdout.decode().strip() if top.exit_code == 0 else ""
-        self._host("sh", "-euc", _CLONE, "clone", source, str(fresh)).checked(
+        self._host("sh", "-euc", _CLONE, "clone", str(self._repo), str(fresh)).checked(
             f"no clone of {self._repo}", hint=f"git -C {self._repo} fsck")
         fresh.rename(self.folder)
 
@@ -1515,16 +1551,10 @@ class LocalSandbox(Sandbox):
                     parents[int(stat.parent.name)] = int(fields[1])
             while more := {p for p, of in parents.items() if of in {me, *ours}} - ours:
                 ours |= more
-            stop_kill = signal.SIGSTOP, signal.SIGKILL
-            for number, pid in itertools.product(stop_kill, ours):
+            for act, pid in itertools.product((signal.SIGSTOP, signal.SIGKILL), ours):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+                    os.kill(pid, act)
             self._clock.sleep(0.002)
-
-    def close(self) -> None:
-        self.sweep()
-        if self._guard:
-            self._guard.close()
 
 _AGENT_VARIABLES = re.compile(r"(ANTHROPIC|CLAUDE_CODE)_\w+")
 _OF_A_GATEWAY = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL")   # its overlay sets them
@@ -1538,18 +1568,15 @@ _END_ALL = """
 left() {
     for file in /proc/[0-9]*/status; do
         case $file in /proc/1/*|/proc/$$/*) continue; esac
-        while read -r key uid _; do
-            [ "$key $uid" != "Uid: $UID" ] || return 0
-        done <"$file"
+        read -rd '' status <"$file"
+        [[ ! $status =~ Uid:[[:space:]]$UID[[:space:]] ]] || return 0
     done 2>/dev/null
     return 1
 }
-for round in {1..10}; do
-    kill -9 -1 2>/dev/null
-    left || break
+until kill -9 -1 2>/dev/null; ! left; do
+    [ $((++rounds)) -le 10 ] || exit 9
     sleep 0.05
 done
-left && exit 9
 read -r stat </proc/1/stat
 set -- ${stat##*) }
 echo "held since ${20}"        # as hold.sh says: another start is another container
@@ -1559,60 +1586,51 @@ class DockerSandbox(Sandbox):
     """Service `sandbox` of a compose project; engine and context are compose's own.
     Its lock is a process in it, not the agent's, that lives as long as we do."""
     permissions = ("--dangerously-skip-permissions",)
-    _holder: Held | None
 
     def __init__(self, processes: Processes, clock: Clock, *, compose_files: str,
                  environ: Mapping[str, str], key_by: str = "descriptor") -> None:
-        super().__init__(processes)
-        self._env, self._clock, self._key_by = environ, clock, key_by
-        self.name, self._holder = f"docker sandbox {compose_files}", None
-        files = (("-f", file) for file in compose_files.split(os.pathsep))
-        self._compose = ("docker", "compose", *itertools.chain(*files))
+        super().__init__(processes, clock)
+        self.name, self._env = f"docker sandbox {compose_files}", environ
+        files = (f"--file={file}" for file in compose_files.split(os.pathsep))
+        self._compose = ("docker", "compose", *files)
+        keys = {name: environ[name].encode() for name in KEYS if environ.get(name)}
+        self._agent_keys = keys if key_by == "descriptor" else {}
+        self._gateway_keys = keys if key_by == "gateway" else {}
         other = {"descriptor": KEYS, "gateway": (*KEYS, *_OF_A_GATEWAY)}.get(key_by, ())
-        self._keys = {name: environ[name].encode() for name in KEYS
-                      if name in other and environ.get(name)}
         # the names only: compose takes the values, so that no argv shows a secret
-        self.variables = tuple(itertools.chain(*(
-            ("-e", name) for name in sorted(environ)
-            if _AGENT_VARIABLES.fullmatch(name) and name not in other)))
+        handed = filter(_AGENT_VARIABLES.fullmatch, sorted(environ.keys() - other))
+        self.variables = tuple(f"--env={name}" for name in handed)
 
-    def argv(self, *args: str) -> tuple[str, ...]:
-        return (*self._compose, *args)
-
+    def composed(self, *args: str, **about: Any) -> Command:
+        return Command(argv=(*self._compose, *args), env=self._env, **about)
     def compose(self, *args: str, stdin: bytes = b"",
                 timeout_s: float = COMMAND_TIMEOUT_S) -> ProcessResult:
         """Run `docker compose ARGS`. Raises SandboxError if it fails."""
-        command = Command(argv=self.argv(*args), env=self._env, stdin=stdin)
+        command = self.composed(*args, stdin=stdin)
         return self._processes.run(command, timeout_s=timeout_s).checked(
             f"docker compose {shlex.join(args)}",
             hint=f"docker info; {PROGRAM} sandbox init")
 
     def janitor(self, *args: str, stdin: bytes = b"") -> Mapping[str, Any]:
         """What workspace.py did in a container of its own. Raises SandboxError."""
-        done = self._processes.run(Command(
-            argv=self.argv(*_JANITOR, "-T", "janitor", "workspace.py", *args),
-            env=self._env, stdin=stdin), timeout_s=SLOW_TIMEOUT_S)
+        command = self.composed(*_JANITOR, "-T", "janitor", "workspace.py", *args,
+                                 stdin=stdin)
+        done = self._processes.run(command, timeout_s=SLOW_TIMEOUT_S)
         report = next(json_objects(done.stdout.splitlines()[-1:]), {})
-        if report.get("error"):
-            raise SandboxError(f"{args[0]} in {self.name}: {report['error']}",
-                               hint=str(report.get("hint")))
-        done.checked(f"{args[0]} in {self.name}", hint=f"{PROGRAM} sandbox init")
+        done.checked(f"{args[0]} in {self.name}", told=_text(report.get("error")),
+                     hint=_text(report.get("hint")) or f"{PROGRAM} sandbox init")
         return report
 
     def hold(self) -> bool:
         """Take the sandbox's lock; False: it does not run. Raises LockHeldError."""
         self.release()
-        self._holder = Held(Command(env=self._env, argv=self.argv(
+        self._held = Held(self.composed(
             "exec", "-T", "-u", "nobody", "sandbox", f"{INSIDE}/hold.sh",
-            f"PID {os.getpid()} on {os.uname().nodename}")))
-        if self._holder.told.startswith("in use"):
-            raise LockHeldError(f"{self.name} is {self._holder.told}",
+            f"PID {os.getpid()} on {os.uname().nodename}"))
+        if self._held.told.startswith("in use"):
+            raise LockHeldError(f"{self.name} is {self._held.told}",
                                 hint=f"wait for it; {PROGRAM} status")
-        return self._holder.told.startswith("held")
-
-    def release(self) -> None:
-        if self._holder:
-            self._holder.close()
+        return self._held.told.startswith("held")
 
     def bring_up(self, delays_s: Sequence[float] = (0,)) -> None:
         """Hold it, after a start or a new container if it was dead, paused or gone."""
@@ -1623,7 +1641,7 @@ class DockerSandbox(Sandbox):
                 if step:
                     self.compose(*step)
                 if self.hold():
-                    for key in self._keys.values() if self._key_by == "gateway" else ():
+                    for key in self._gateway_keys.values():
                         self.compose("exec", "-T", "gateway", "set-key", stdin=key)
                     return
             except SandboxError as error:
@@ -1633,27 +1651,23 @@ class DockerSandbox(Sandbox):
     def open(self) -> None:
         self.bring_up()
         self.sweep()
-    def close(self) -> None:
-        with contextlib.suppress(SandboxLostError):      # so nothing lives in it
-            self.sweep()
-        self.release()
     def command(self, argv: Sequence[str]) -> Command:
-        return Command(argv=self.argv("exec", "-T", "sandbox", *argv), env=self._env)
+        return self.composed("exec", "-T", "sandbox", *argv)
 
     def agent_command(self, argv: Sequence[str], prompt: bytes) -> Command:
         """Under supervise.py, which tells what it reads and when it stops the agent."""
-        parts = {"prompt": prompt, **(self._keys if self._key_by != "gateway" else {})}
+        parts = {"prompt": prompt, **self._agent_keys}
         head = " ".join(f"{name}={len(part)}" for name, part in parts.items())
-        return Command(argv=self.argv(
+        return self.composed(
             "exec", "-T", *self.variables, "sandbox", "python3",
-            f"{INSIDE}/supervise.py", "--", *argv), env=self._env, holds_stdin=True,
+            f"{INSIDE}/supervise.py", "--", *argv, holds_stdin=True,
             stdin=b"".join((head.encode(), b"\n", *parts.values())))
 
     def sweep(self) -> None:
         """Raises SandboxLostError, when it runs again, if it died in the meantime."""
         done = self._processes.run(self.command((
             f"{INSIDE}/untraceable-bash", "-c", _END_ALL)), timeout_s=STEP_TIMEOUT_S)
-        if self._holder and done.stdout.decode().strip() == self._holder.told:
+        if self._held and done.stdout.decode().strip() == self._held.told:
             return
         is_lost = done.exit_code in (0, 1)   # another one, or docker finds none
         if not is_lost:              # no process to be had for the script, or too slow
@@ -1668,9 +1682,7 @@ class DockerSandbox(Sandbox):
         try:
             return super()._git(what, script, *args)
         except SandboxError:
-            if not re.fullmatch("[0-9a-f]{40,64}", args[1]):
-                self.sh("test -d .git || { echo no repository in /workspace; exit 1; }"
-                        ).checked(self.name, hint=f"{PROGRAM} sandbox init")
+            if not re.fullmatch("[0-9a-f]{40,64}", args[1]):     # nothing to go by
                 raise
             self.sweep()
             self.recover(*args[:2])
@@ -1710,35 +1722,30 @@ class Transcript(Listener):
                  on_silence: Callable[[float], None]) -> None:
         super().__init__(STDERR_TAIL_BYTES)
         self._path, self._on_tool, self._on_silence = path, on_tool, on_silence
-        self._decoder, self._ends_line = StreamDecoder(), True
+        self._decoder = StreamDecoder()
         with disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
             path.with_suffix(".stderr").unlink(missing_ok=True)   # of an uncounted call
 
-    def _append(self, suffix: str, data: bytes) -> None:
-        with disk(self._path), self._path.with_suffix(suffix).open("ab") as file:
+    def hear(self, data: bytes, *, is_error: bool) -> None:
+        path = self._path.with_suffix(".stderr") if is_error else self._path
+        with disk(path), path.open("ab") as file:
             file.write(data)
-
-    def on_output(self, data: bytes) -> None:
-        self._append(".ndjson", data)
-        self._ends_line = data.endswith(b"\n")
-        for tool in self._decoder.feed(data):
+        super().hear(data, is_error=is_error)
+        for tool in () if is_error else self._decoder.feed(data):
             self._on_tool(tool)
 
-    def on_error(self, data: bytes) -> None:
-        self._append(".stderr", data)
-        super().on_error(data)
-    def on_tick(self, idle_s: float) -> None:
+    def on_tick(self, idle_s: float) -> bool:
         self._on_silence(idle_s)
-    def is_done(self) -> bool:
         return self._decoder.seen.has_result
 
     def finish(self, done: ProcessResult) -> AgentResult:
         """Write the last line, which tells how the call ended, and fold all of it."""
         end = json.dumps({"type": END_EVENT, "ended": done.ended, "exit_code":
                           done.exit_code, "duration_s": round(done.duration_s, 3)})
-        self.on_output(f"{'' if self._ends_line else chr(10)}{end}\n".encode())
+        start = "\n" if self.out and not self.out.endswith(b"\n") else ""
+        self.hear(f"{start}{end}\n".encode(), is_error=False)
         return self._decoder.finish(self.err.decode("utf-8", "replace").strip())
 
 def read_transcript(path: Path, chunks: Iterable[bytes]) -> AgentResult:
@@ -1768,10 +1775,9 @@ class ClaudeAgent:
         argv = [*shlex.split(config.claude), "-p", "--output-format", "stream-json",
                 "--verbose", "--json-schema", json.dumps(schema),
                 "--max-turns", str(config.max_turns), *sandbox.permissions]
-        options = {"--model": model or config.model, "--resume": session_id}
+        options = {"--model": model or config.model, "--resume": session_id,
+                   "--max-budget-usd": f"{budget_usd:.4f}" if budget_usd else ""}
         argv += [part for pair in options.items() if pair[1] for part in pair]
-        if budget_usd:
-            argv += ["--max-budget-usd", f"{budget_usd:.4f}"]
         heard = Transcript(transcript, self._on_tool, self._on_silence)
         done = self._processes.stream(
             sandbox.agent_command(argv, prompt.encode()), listener=heard,
@@ -2166,6 +2172,7 @@ class Crew:
     store: StateStore
     ledger: Ledger
     desk: EscalationDesk
+    notifier: Notifier
     reporter: Reporter
     telemetry: Telemetry
     clock: Clock
@@ -2183,6 +2190,11 @@ def ref(milestone: str, kind: str, name: str) -> str:
     """Where a checkpoint or rejected work of a milestone stays reachable."""
     return f"refs/orchestrator/{git_name(milestone)}/{kind}/{git_name(name)}"
 
+def questions(state: RunState) -> dict[str, Question]:
+    """Those that wait for an answer, by task."""
+    return {i: record.question for i, record in state.tasks.items() if record.question
+            and record.status is TaskStatus.NEEDS_HUMAN and not record.answer}
+
 class TaskRunner:
     """Attempts one task until it is completed, stuck, or waits for a person. Each step
     ends with a save and the next is chosen by what was saved, after a crash too."""
@@ -2197,16 +2209,15 @@ class TaskRunner:
         name = "e2e_test" if task.id == E2E_ID else "task"
         with self._crew.telemetry.span(name, task=task.id, title=task.title) as note:
             while True:
-                record = state.record(task.id)
-                if record.status is TaskStatus.NEEDS_HUMAN and not record.answer:
-                    asked = record.question or Question("")
+                if asked := questions(state).get(task.id):
                     if (answer := self._crew.desk.ask(task.id, asked)) is None:
                         break
                     state = self._save(state.updated(task.id, answer=answer))
                 else:
                     state = self._step(state, task, guidance)
-                if (record := state.record(task.id)).status in OVER:
+                if state.record(task.id).status in OVER:
                     break
+            record = state.record(task.id)
             note({"orchestrator.status": record.status.value,
                   "orchestrator.attempts": record.started})
         return state
@@ -2235,8 +2246,7 @@ class TaskRunner:
             last = dataclasses.replace(last, status=VerdictStatus.FAILED, rule="gate",
                                        evidence=evidence)
             # the ledger has the agent's word; the gate's, which outranks it, is free
-            entry = ledger_entry(state, task.id, last, AgentResult())
-            self._crew.ledger.append(entry | {"kind": "gate", "cost_usd": 0.0})
+            self._book(state, task, last, AgentResult(), kind="gate", cost_usd=0.0)
             return self._save(state.updated(task.id, attempts=(*others, last)))
         commit = self._crew.sandbox.checkpoint(
             state.branch, state.head, ref=ref(state.milestone, "checkpoints", task.id),
@@ -2277,10 +2287,10 @@ class TaskRunner:
         return self._save(state)
 
     def _fail(self, state: RunState, task: Task, reason: str) -> RunState:
-        self._tell(f"Task {task.id} failed: {shortened(reason)}")
+        reason = shortened(reason)
+        self._tell(f"Task {task.id} failed: {reason}")
         return self._roll_back(self._save(state.updated(
-            task.id, title=task.title, status=TaskStatus.FAILED,
-            reason=shortened(reason))), task)
+            task.id, title=task.title, status=TaskStatus.FAILED, reason=reason)), task)
 
     def _roll_back(self, state: RunState, task: Task) -> RunState:
         """The workspace at the last checkpoint; what stood there is kept in a ref."""
@@ -2330,7 +2340,7 @@ class TaskRunner:
                 problem.kind if problem else verdict.rule,
                 shortened(problem.reason if problem else verdict.evidence),
                 result.session_id, result.turns, round(result.usage.cost_usd, 6))
-            crew.ledger.append(ledger_entry(state, task.id, attempt, result))
+            self._book(state, task, attempt, result)
             spent_usd = state.cost_usd + attempt.cost_usd
             state = dataclasses.replace(state, cost_usd=spent_usd)
             if stopped:
@@ -2348,6 +2358,16 @@ class TaskRunner:
         self._outages = self._losses = 0
         return state.updated(task.id, attempts=attempts, base=state.head), verdict
 
+    def _book(self, state: RunState, task: Task, attempt: Attempt, result: AgentResult,
+              **more: Any) -> None:
+        """One line of the ledger: what one agent call was for, gave and cost."""
+        said, models = dataclasses.asdict(attempt), result.models.items()
+        self._crew.ledger.append({
+            "v": 1, "at": said.pop("started_at"), "milestone": state.milestone,
+            "run": state.started_at, "task": task.id, "attempt": said.pop("number"),
+            **said, "tokens": result.usage.tokens, "models": {
+                name: dataclasses.asdict(usage) for name, usage in models}, **more})
+
     def _put_off(self, state: RunState, task: Task, problem: Outage) -> RunState:
         """The wait saved, the attempt uncounted, or a question if no wait is a cure.
         Raises OutageError if the wait is too long."""
@@ -2361,20 +2381,24 @@ class TaskRunner:
         wait_s = retry_delay_s(problem, self._outages, now=now.timestamp(), delays_s=
                                config.outage_delays_s, limit_wait_s=config.limit_wait_s)
         until_s = problem.resets_at if wait_s is None else now.timestamp() + wait_s
-        wait = Wait(problem.reason, stamp(datetime.fromtimestamp(
-            until_s, UTC)) if until_s else "")
-        state = self._save(dataclasses.replace(state, wait=wait))
+        until = stamp(datetime.fromtimestamp(until_s, UTC)) if until_s else ""
+        state = self._save(dataclasses.replace(state, wait=Wait(problem.reason, until)))
         if wait_s is None:
-            raise OutageError(f"the API is not available: {wait.reason}",
-                              hint=f"start again after {wait.until or 'a while'}")
+            raise OutageError(f"the API is not available: {problem.reason}",
+                              hint=f"start again after {until or 'a while'}")
         return state
 
     def _sit_out(self, state: RunState) -> RunState:
         """Wait as saved, maybe by an earlier run."""
         wait, clock = state.wait, self._crew.clock
         if wait and (left_s := left_to_wait_s(wait, clock.now())) > 0:
-            self._tell(f"{wait.reason}: going on at {wait.until}")
+            told = f"{wait.reason}: going on at {wait.until}"
+            self._tell(told)
+            if left_s > LONG_WAIT_S:
+                self._crew.notifier.tell("waiting", state.milestone, told)
             clock.sleep(left_s)
+            if left_s > LONG_WAIT_S:
+                self._crew.notifier.tell("resumed", state.milestone, wait.reason)
         return dataclasses.replace(state, wait=None)
 
     def _gates(self, task: Task) -> str:
@@ -2390,16 +2414,6 @@ class TaskRunner:
                 return f"{told}\n{shortened(done.output)}"
         return ""
 
-def ledger_entry(state: RunState, task_id: str, attempt: Attempt, result: AgentResult,
-                 ) -> dict[str, Any]:
-    """One line of the ledger: what one agent call was for, gave and cost."""
-    said = dataclasses.asdict(attempt)
-    return {"v": 1, "at": said.pop("started_at"), "milestone": state.milestone,
-            "run": state.started_at, "task": task_id, "attempt": said.pop("number"),
-            **said, "tokens": result.usage.tokens,
-            "models": {name: {"cost_usd": round(usage.cost_usd, 6), **usage.tokens}
-                       for name, usage in result.models.items()}}
-
 def stop_reason(config: Config, state: RunState, record: TaskRecord) -> str:
     """Why no further attempt may start, or ''."""
     if 0 < config.max_cost_usd <= state.cost_usd:
@@ -2414,10 +2428,9 @@ def in_flight(record: TaskRecord) -> str:
 
 def without_work(state: RunState) -> RunState:
     """The state when the workspace goes back under whatever was in flight."""
-    for task_id, record in state.tasks.items():
-        if record.status is not TaskStatus.COMPLETED:
-            state = state.updated(task_id, base="")
-    return state
+    return dataclasses.replace(state, tasks={
+        i: record if record.status is TaskStatus.COMPLETED else
+        dataclasses.replace(record, base="") for i, record in state.tasks.items()})
 
 # ==== 17. E2E runner ================================================= [flow]
 class E2ERunner(TaskRunner):
@@ -2456,25 +2469,24 @@ class MilestoneRunner:
     def __init__(self, crew: Crew, plan: Plan) -> None:
         self._crew, self._plan = crew, plan
 
-    def run(self, state: RunState) -> RunState:
-        """The state when nothing more can be done now; saved at each step."""
+    def run(self, state: RunState, task: Task | None = None, guidance: str = "",
+            ) -> RunState:
+        """The state when nothing more can be done now; saved at each step. A `task` is
+        done alone, out of turn, its count anew; what E2E showed is void then."""
         state = self._begun(state)
+        if task:
+            records = {i: record for i, record in state.tasks.items() if i != E2E_ID}
+            if (old := state.record(task.id)).status in OVER:
+                records[task.id] = TaskRecord(question=old.question, answer=old.answer)
+            state = dataclasses.replace(state, tasks=records)
         tasks, e2e = (kind(self._crew, self._plan) for kind in (TaskRunner, E2ERunner))
-        for step in self._plan.steps:
+        for step in (task,) if task else self._plan.steps:
             if state.record(step.id).status is not TaskStatus.COMPLETED:
-                state = (e2e if step.id == E2E_ID else tasks).run(state, step)
+                runner = e2e if step.id == E2E_ID else tasks
+                state = runner.run(state, step, guidance=guidance)
             if state.record(step.id).status is not TaskStatus.COMPLETED:
                 break
         return state
-
-    def run_one(self, state: RunState, task: Task, guidance: str) -> RunState:
-        """One task out of turn, its count anew; what E2E showed is void then."""
-        state = self._begun(state)
-        tasks = {i: record for i, record in state.tasks.items() if i != E2E_ID}
-        if (old := state.record(task.id)).status in OVER:
-            tasks[task.id] = TaskRecord(question=old.question, answer=old.answer)
-        return TaskRunner(self._crew, self._plan).run(
-            dataclasses.replace(state, tasks=tasks), task, guidance=guidance)
 
     def _begun(self, state: RunState) -> RunState:
         """Sandbox ready, on the milestone's branch; what a crash left accounted for."""
@@ -2549,6 +2561,8 @@ class World:
         return DockerSandbox(self.processes, self.clock, environ=self.environ,
                              compose_files=self.config.compose_files,
                              key_by=self.config.key_by)
+    def run(self, *argv: str, **options: Any) -> ProcessResult:
+        return self.processes.run(Command(argv=argv), **options)
     def show(self, value: Any, text: str = "") -> None:
         told = json.dumps(value, indent=2, default=str) if self.args.json else ""
         self.reporter.answer(told or text or shown(value))
@@ -2557,7 +2571,8 @@ def shown(value: Any) -> str:
     """A JSON value for a person: an object as lines, a list of objects as a table."""
     if isinstance(value, dict):
         told = [(k, shown(v)) for k, v in value.items() if v or v in (0, False)]
-        return "\n".join(f"{k}:\n{v}" if "\n" in v else f"{k}: {v}" for k, v in told)
+        return "\n".join(f"{k}:\n{textwrap.indent(v, '  ')}" if "\n" in v else
+                         f"{k}: {v}" for k, v in told)
     if not isinstance(value, list | tuple):
         return f"{value:g}" if isinstance(value, float) else str(value)
     if not value or not isinstance(value[0], dict):
@@ -2595,9 +2610,12 @@ def cmd_run(world: World) -> ExitCode:
         if not task and exit_code(plan, state) is ExitCode.OK:
             world.reporter.progress("the milestone is completed; --fresh starts over")
             return ExitCode.OK
-        if reason := held_back(world, state):
-            world.reporter.progress(reason)
-            return ExitCode.NEEDS_HUMAN
+        for i, asked in () if world.terminal.is_interactive() else questions(
+                state).items():
+            if not recommended(world.config, asked):
+                told = f"task {i} asks: {shortened(' '.join(asked.text.split()), 160)}"
+                world.reporter.progress(f"{told}; status {plan.path} shows it whole")
+                return ExitCode.NEEDS_HUMAN
         if (wait := state.wait) and left_to_wait_s(
                 wait, world.clock.now()) > world.config.limit_wait_s:
             raise OutageError(f"the API is not available: {wait.reason}",
@@ -2610,15 +2628,6 @@ def cmd_run(world: World) -> ExitCode:
                     f"task {step.id} {reason}", hint="raise that limit, edit the task, "
                     f"or {PROGRAM} task {plan.path} ID --guidance TEXT")
         return exit_code(part, work(world, plan, state, task))
-
-def held_back(world: World, state: RunState) -> str:
-    """Why a start without a person can do nothing yet, before it costs time; or ''."""
-    asks = [i for i, record in state.tasks.items()
-            if record.status is TaskStatus.NEEDS_HUMAN and not (
-                record.answer or recommended(world.config, record.question))]
-    told = f"task {', '.join(asks)} waits for an answer: {PROGRAM} status "
-    is_alone = not world.terminal.is_interactive()
-    return f"{told}{state.plan_path}" if asks and is_alone else ""
 
 def begun(world: World, plan: Plan) -> RunState:
     """The state to go on from; an answer is saved, whatever the sandbox does next."""
@@ -2642,10 +2651,8 @@ def begun(world: World, plan: Plan) -> RunState:
     for change in changes:
         tell.progress(f"warning: {change}")
     if args.answer is not None:          # '' is --skip
-        task_id = next((i for i, record in state.tasks.items() if not record.answer
-                        and record.status is TaskStatus.NEEDS_HUMAN), "")
-        question = state.record(task_id).question or Question("")
-        if not task_id or not (answer := chosen_answer(args.answer, question)):
+        task_id, asked = next(iter(questions(state).items()), ("", Question("")))
+        if not task_id or not (answer := chosen_answer(args.answer, asked)):
             raise UsageError(f"task {task_id}: the agent recommended nothing" if task_id
                              else "no question is waiting for an answer",
                              hint=f"{PROGRAM} status {plan.path}")
@@ -2664,15 +2671,24 @@ def work(world: World, plan: Plan, state: RunState, task: Task | None) -> RunSta
     agent = ClaudeAgent(sandbox, world.processes, config, on_tool=reporter.tool,
                         on_silence=reporter.silence)
     telemetry = Telemetry(world.environ, reporter.progress)
-    desk = EscalationDesk(world.terminal, reporter, config)
+    notifier = Notifier(world.processes, config, reporter.progress)
     runner = MilestoneRunner(Crew(
-        agent, sandbox, world.store(plan.milestone), Ledger(config.state_dir /
-        "ledger.jsonl"), desk, reporter, telemetry, world.clock, config), plan)
-    with contextlib.closing(telemetry), contextlib.closing(sandbox), \
-            telemetry.span("milestone", milestone=plan.milestone):
-        state = (runner.run_one(state, task, world.args.guidance) if task
-                 else runner.run(state))
+        agent, sandbox, world.store(plan.milestone),
+        Ledger(config.state_dir / "ledger.jsonl"), EscalationDesk(
+            world.terminal, reporter, config), notifier, reporter, telemetry,
+        world.clock, config), plan)
+    try:
+        with contextlib.closing(telemetry), contextlib.closing(sandbox), \
+                telemetry.span("milestone", milestone=plan.milestone):
+            state = runner.run(state, task, world.args.guidance)
+    except (SandboxError, OutageError, StateError) as error:
+        notifier.tell("interrupted", plan.milestone, f"{error}; {error.hint}")
+        raise
     report = status_json(state, plan, False)
+    asked = [question_text(i, dataclasses.asdict(question))
+             for i, question in questions(state).items()]
+    notifier.tell("question" if asked else report["status"], plan.milestone,
+                  "\n".join(asked) or status_text(report))
     after = {"completed": "fetch {}", "needs_human": "resume {} --answer TEXT"}
     reporter.answer(f"{status_text(report)}\nnext: {PROGRAM} " + after.get(
         report["status"], "logs {}").format(plan.path))
@@ -2683,17 +2699,16 @@ def cmd_check(world: World) -> ExitCode:
     if world.args.plan:
         plan = read_plan(world)
         report = plan_report(plan)
-        columns = ("id", "line", "criteria", "gates", "mark", "title")
-        tasks = [{k: len(task[k]) if isinstance(task[k], list) else task[k]
-                  for k in columns} for task in report["tasks"]]
-        world.show(report, shown({**report, "tasks": tasks}))
+        tasks = [{"id": t.id, "line": t.line, "criteria": len(t.criteria), "gates":
+                  len(t.gates), "mark": t.mark, "title": t.title} for t in plan.tasks]
+        world.show(report, shown(report | {"tasks": tasks}))
         return ExitCode.USAGE if plan.errors else ExitCode.OK
     sandbox, claude = world.sandbox(), shlex.split(world.config.claude)
     commands: dict[str, Sequence[str]] = {"git": ("git", "--version")}
     if isinstance(sandbox, LocalSandbox):
         commands["claude"] = (*local_command(claude), "--version")
     else:
-        inside = sandbox.argv("exec", "-T", *sandbox.variables, "sandbox")
+        inside = sandbox.composed("exec", "-T", *sandbox.variables, "sandbox").argv
         commands |= {"engine": ("docker", "version", "--format", "{{.Server.Version}}"),
                      "claude in the sandbox": (*inside, *claude, "--version"),
                      "repository in the sandbox": (*inside, "git", "log", "-1"),
@@ -2701,8 +2716,7 @@ def cmd_check(world: World) -> ExitCode:
                      "API from the sandbox": (*inside, "workspace.py", "reach")}
     probes = []
     for name, argv in commands.items():      # env says which program is missing
-        done = world.processes.run(Command(argv=("/usr/bin/env", *argv)),
-                                   timeout_s=PROBE_TIMEOUT_S)
+        done = world.run("/usr/bin/env", *argv, timeout_s=PROBE_TIMEOUT_S)
         probes.append({"name": name, "ok": done.exit_code == 0,
                        "told": (done.output or done.ended).splitlines()[-1]})
     settings = [{"name": name, "value": value, "source": world.sources[name]}
@@ -2726,7 +2740,6 @@ def cmd_status(world: World) -> None:
 def cmd_costs(world: World) -> None:
     """`costs` and `history`: the ledger's calls and money, summed up by key."""
     args, by = world.args, world.args.by
-    since = str(args.since.date()) if args.since else ""
     rows: dict[str, dict[str, Any]] = {}
     for entry in Ledger(world.config.state_dir / "ledger.jsonl").entries():
         milestone, task, run, at = (
@@ -2734,15 +2747,14 @@ def cmd_costs(world: World) -> None:
         key = {"milestone": milestone, "task": f"{milestone} {task}", "day": at[:10],
                "run": f"{milestone} {run}"}.get(by, "unknown")
         parts = by == "model" and _object(entry.get("models")) or {key: entry}
-        for name, part in parts.items() if at >= since else ():
+        for name, part in parts.items() if at >= str(args.since or "") else ():
             row = rows.setdefault(name, {by: name, "calls": 0, "cost_usd": 0.0})
-            row["cost_usd"] += _number(_object(part).get("cost_usd"))
+            cost_usd = row["cost_usd"] + _number(_object(part).get("cost_usd"))
+            row["cost_usd"] = round(cost_usd, 6)
             row["calls"] += entry.get("kind") != "gate"
             if by == "run":
                 row |= {"milestone": milestone, "started_at": run, "last_call_at": at,
                         "last_task": task, "last_status": entry.get("status")}
-    for row in rows.values():
-        row["cost_usd"] = round(row["cost_usd"], 6)
     total_usd = round(sum(row["cost_usd"] for row in rows.values()), 6)
     world.show([*rows.values()] if by == "run" else {
         "total_usd": total_usd, f"by_{by}": [*rows.values()]},
@@ -2758,9 +2770,9 @@ def cmd_logs(world: World) -> None:
     """what the agent said, did and saw in the latest attempt"""
     plan, task_id = read_plan(world), world.args.id
     store = world.store(plan.milestone)
-    name = re.escape(store.transcript(task_id, 0).stem[:-1]) if task_id else ".+-"
+    name = task_id and store.transcript(task_id, 0).stem.removesuffix("-0")
     found = [path for path in store.folder.glob("*.ndjson")
-             if re.fullmatch(rf"{name}\d+(\.\d+)?", path.stem)]
+             if name in (None, path.stem.rpartition("-")[0])]
     if not found:
         raise UsageError(f"no transcript of {task_id or 'a task'} in {store.folder}",
                          hint=f"{PROGRAM} status {plan.path}")
@@ -2789,18 +2801,18 @@ def cmd_explain(world: World) -> None:
 def cmd_fetch(world: World) -> None:
     """bring the milestone's branch out of the sandbox"""
     plan, git = read_plan(world), ("git", "-C", world.args.into or world.config.repo)
-    state = world.store(plan.milestone).load()
-    if state is None or state.head == state.base:
+    store = world.store(plan.milestone)
+    target = f"orchestrator/{git_name(plan.milestone)}"
+    if not (state := store.load()) or state.head == state.base:
         raise StateError(f"milestone {plan.milestone} has no work to fetch",
                          hint=f"{PROGRAM} run {plan.path}")
-    target = f"orchestrator/{git_name(plan.milestone)}"
-    known = world.processes.run(Command(argv=(*git, "cat-file", "-e", state.base)))
-    bundle = world.store(plan.milestone).folder.absolute() / "fetch.bundle"
+    lacks_base = world.run(*git, "cat-file", "-e", state.base).exit_code
+    bundle = store.folder.absolute() / "fetch.bundle"
     write_atomically(bundle, world.sandbox(state).bundle(
-        state.head, "" if known.exit_code else state.base))
-    done = world.processes.run(Command(argv=(
+        state.head, "" if lacks_base else state.base))
+    done = world.run(
         *git, "fetch", "-q", "--no-tags", "--no-write-fetch-head", str(bundle),
-        f"{'+' * world.args.force}{BUNDLED}:refs/heads/{target}")))
+        f"{'+' * world.args.force}{BUNDLED}:refs/heads/{target}")
     bundle.unlink()
     if done.exit_code != 0:
         raise UsageError(f"git fetch: {shortened(done.output)}", hint="--force replaces"
@@ -2814,7 +2826,7 @@ def cmd_sandbox(world: World) -> ExitCode:
         docker.compose("ps", "-q")       # says what is wrong, if docker is unusable
         program = ["bash"] if action == "shell" else shlex.split(config.claude)
         inside = ("exec", *docker.variables, "sandbox", *program, *world.args.rest)
-        os.execvp("docker", docker.argv(*inside))
+        os.execvp("docker", docker.composed(*inside).argv)
     if action == "status":
         up = bool(docker.compose("ps", "-q", "--status", "running", "sandbox").stdout)
         head = docker.sh("git log -1 --format='%h %s'").output if up else ""
@@ -2827,11 +2839,7 @@ def cmd_sandbox(world: World) -> ExitCode:
     elif action == "reset":
         started, report = world.clock.monotonic(), dict(docker.reset())
         report["duration_s"] = round(world.clock.monotonic() - started, 3)
-        told = [f"clean: {report['branch']} at {report['commit']}", *(
-            f"{verb} {path}: " + ", ".join(f"{v} {k}" for k, v in facts.items()
-                                           if k != "sha256")
-            for verb in ("cleared", "kept") for path, facts in report[verb].items())]
-        world.show(report, "\n".join(told))
+        world.show(report)
     else:
         docker.compose(*(("down", "-t", "0") if action == "down" else _UP))
         world.reporter.progress(f"sandbox {action}: done")
@@ -2840,7 +2848,7 @@ def cmd_sandbox(world: World) -> ExitCode:
 
 def sandbox_init(world: World, docker: DockerSandbox) -> str:
     """Build, start, clone, verify; harmless to repeat, goes on where it failed."""
-    repo, tell, run = world.config.repo, world.reporter.progress, world.processes.run
+    repo, tell = world.config.repo, world.reporter.progress
     tell("1/3 container: its image is built if there is none")
     if world.args.rebuild:
         docker.compose("build", timeout_s=SLOW_TIMEOUT_S)
@@ -2851,13 +2859,12 @@ def sandbox_init(world: World, docker: DockerSandbox) -> str:
         done = docker.janitor("fill", repo)
     else:
         git = ("git", "-C", repo)
-        home = run(Command(argv=(*git, "symbolic-ref", "--short", "HEAD"))).stdout
-        bundle = run(Command(argv=(
-            *git, "bundle", "create", "-q", "-", "HEAD", "--branches", "--tags")),
+        home = world.run(*git, "symbolic-ref", "--short", "HEAD").stdout.decode()
+        bundle = world.run(
+            *git, "bundle", "create", "-q", "-", "HEAD", "--branches", "--tags",
             timeout_s=SLOW_TIMEOUT_S, max_bytes=sys.maxsize).checked(
             f"no bundle of {repo}", hint="--repo names one with a commit").stdout
-        done = docker.janitor("fill", "--home", home.decode().strip() or "main",
-                              stdin=bundle)
+        done = docker.janitor("fill", "--home", home.strip() or "main", stdin=bundle)
     tell("3/3 checks: volumes, the agent, login")
     checked = json.loads(docker.sh("workspace.py check").stdout)
     if problems := checked["problems"]:
@@ -2872,21 +2879,14 @@ def local_command(argv: Iterable[str]) -> list[str]:
     return [os.path.abspath(part) if "/" in part and os.path.exists(part) else part
             for part in argv]
 
-_EPILOG = """\
-examples:
-  %(prog)s run plan.md --max-cost-usd 20
-  %(prog)s resume plan.md --answer "use SQLite"
-"""
-_ON = {"action": "store_true"}
-_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+_ARGUMENTS: dict[str, str | dict[str, Any]] = {    # words alone: a switch
     "plan": {"metavar": "PLAN", "type": Path}, "id": {"metavar": "ID"},
     "file": {"metavar": "FILE", "type": Path, "help": "a stream; - for standard input"},
     "rest": {"nargs": "*", "help": "arguments for it, after --"},
-    "--json": {**_ON, "help": "for machines"}, "--total": {**_ON, "help": "one number"},
-    "--force": {**_ON, "help": "even so: under a run, over a branch that differs"},
+    "--json": "for machines", "--total": "one number", "--rebuild": "the image too",
+    "--follow": "it", "--fresh": "archive what an earlier run left and start over",
+    "--force": "even so: under a run, over a branch that differs",
     "--into": {"metavar": "REPO", "default": "", "help": "default: --repo"},
-    "--rebuild": {**_ON, "help": "the image too"}, "--follow": {**_ON, "help": "it"},
-    "--fresh": {**_ON, "help": "archive what an earlier run left and start over"},
     "--answer": {"dest": "answer", "metavar": "TEXT", "help": "to the parked question"},
     "--answer-file": {"dest": "answer", "metavar": "FILE",
                       "type": lambda name: contents(name).decode(errors="replace")},
@@ -2928,10 +2928,12 @@ def build_parser() -> argparse.ArgumentParser:
                            help=f"{s.metadata['help']} (default: {default})")
     parser = _Parser(prog=PROGRAM, description="Run a milestone plan with Claude Code.",
                      formatter_class=argparse.RawTextHelpFormatter,
-                     epilog=_EPILOG + (__doc__ or "").split("\n\n")[3])
+                     epilog=f"examples: {PROGRAM} run plan.md --max-cost-usd 20\n"
+                     f'          {PROGRAM} resume plan.md --answer "use SQLite"\n\n'
+                     f"{(__doc__ or '').split(2 * chr(10))[3]}")
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(answer=None, fresh=False, json=False, total=False, by="run",
-                        since=None, id=None, force=False)
+                        since=None, id=None, force=False, guidance="")
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
     sandbox = commands.add_parser("sandbox", help=cmd_sandbox.__doc__)
     actions = sandbox.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -2942,9 +2944,10 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(act=act)
         answers = sub.add_mutually_exclusive_group() if name == "resume" else sub
         for argument in arguments.split():      # with a "?" it may be left out
-            options = dict(_ARGUMENTS[argument.rstrip("?")])
-            options |= {"nargs": "?"} if argument.endswith("?") else {}
-            into = answers if options.get("dest") == "answer" else sub
+            given = _ARGUMENTS[argument.rstrip("?")]
+            options = {"action": "store_true", "help": given} if isinstance(
+                given, str) else given | ({"nargs": "?"} if "?" in argument else {})
+            into = answers if "dest" in options else sub
             into.add_argument(argument.rstrip("?"), **options)
     return parser
 
@@ -2968,13 +2971,12 @@ def read_settings(args: argparse.Namespace, environ: Mapping[str, str],
         raise UsageError(f"{source}: {error}", hint="settings stand in a file under "
                          "[orchestrator]; commands are quoted as in a shell") from None
 
-_SECRET = re.compile(r"(?:ANTHROPIC|CLAUDE_CODE)_\w*(?:KEY|TOKEN)")
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Turn every ending into an exit status; only --help and --version exit."""
     clock, environ = Clock(), os.environ
-    secrets = [value.encode() for name, value in environ.items() if
-               _SECRET.fullmatch(name) and len(value) >= MIN_SECRET_CHARS]
+    secrets = [value.encode() for name, value in environ.items()
+               if re.fullmatch(r"(ANTHROPIC|CLAUDE_CODE)_\w*(KEY|TOKEN)", name)
+               and len(value) >= MIN_SECRET_CHARS]
     reporter = Reporter(sys.stdout, sys.stderr, clock, environ=environ)
     try:
         install_signal_handlers()

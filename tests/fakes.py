@@ -177,6 +177,16 @@ class FakeSandbox(ko.Sandbox):
             commit = self.parents.get(commit, "")
 
 
+class NewsList(ko.Notifier):
+    """What somebody would have been told."""
+
+    def __init__(self) -> None:
+        self.news: list[str] = []
+
+    def tell(self, event: str, milestone: str, text: str) -> None:
+        self.news.append(event)
+
+
 Outcome = ko.AgentResult | BaseException
 
 
@@ -319,13 +329,14 @@ class World:
         self.terminal = terminal or FakeTerminal()
         self.config = config or ko.Config()
         self.told = io.StringIO()
+        self.notifier = NewsList()
 
     def crew(self) -> ko.Crew:
         reporter = ko.Reporter(self.told, self.told, self.clock, environ={})
         telemetry = ko.Telemetry({}, reporter.progress)
         return ko.Crew(self.agent, self.sandbox, self.store, self.ledger,
                        ko.EscalationDesk(self.terminal, reporter, self.config),
-                       reporter, telemetry, self.clock, self.config)
+                       self.notifier, reporter, telemetry, self.clock, self.config)
 
     def state(self) -> ko.RunState:
         """As saved, matched with the plan, as the next start reads it."""
@@ -343,4 +354,4 @@ class World:
 
     def run_one(self, a_task: ko.Task, guidance: str = "") -> ko.RunState:
         runner = ko.MilestoneRunner(self.crew(), self.plan)
-        return runner.run_one(self.state(), a_task, guidance)
+        return runner.run(self.state(), a_task, guidance)

@@ -205,10 +205,10 @@ def test_check_of_a_bad_plan_prints_its_errors_and_exits_with_2(cli: Cli) -> Non
 
 def test_check_shows_a_person_every_task_and_problem(cli: Cli) -> None:
     code, out, _ = cli("check", cli.file("plan.md", PLAN))
-    assert code == 0 and re.search(r"^1\.1 .* One$", out, re.MULTILINE)
-    assert "e2e:\nheading: E2E" in out
+    assert code == 0 and re.search(r"^ +1\.1 .* One$", out, re.MULTILINE)
+    assert "e2e:\n  heading: E2E" in out
     _, out, _ = cli("check", cli.file("empty.md", "# Nothing\n"))
-    assert re.search(r"errors:\nline +message +hint\n1 ", out)
+    assert re.search(r"errors:\n +line +message +hint\n +1 ", out)
 
 
 def test_status_is_one_object_for_a_plan_and_a_list_without(cli: Cli) -> None:

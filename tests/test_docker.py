@@ -36,8 +36,9 @@ def test_init_clones_the_host_repository_and_keeps_it_the_second_time(
 
 
 @pytest.mark.parametrize(("name", "files"), [
-    ("hello_world", "hello/hello.py"), ("health_check", "health/telemetry.py"),
-    ("three_tasks_clean", "")])
+    ("hello_world", "hello/hello.py"),
+    pytest.param("health_check", "health/telemetry.py", marks=pytest.mark.slow),
+    pytest.param("three_tasks_clean", "", marks=pytest.mark.slow)])
 def test_a_plan_runs_to_completion_with_the_real_cli(
     box: AgentBox, name: str, files: str,
 ) -> None:

@@ -46,6 +46,7 @@ def plan_of(box: AgentBox, folder: Path, name: str, *attempts: object, gate: str
 
 # One user at a time.
 
+@pytest.mark.slow
 def test_a_sandbox_in_use_is_refused_to_runs_resets_and_everything_else(
     box: AgentBox, tmp_path: Path,
 ) -> None:
@@ -145,8 +146,8 @@ def test_a_paused_container_is_found_out_when_the_agent_is_silent_too_long(
 # Finished work, whatever the agent does to its repository.
 
 @pytest.mark.parametrize("damage", [
-    "rm -rf .git", *(pytest.param(damage, marks=pytest.mark.slow) for damage in (
-        "rm -rf .git && git init -q && git add -A && "
+    *(pytest.param(damage, marks=pytest.mark.slow) for damage in (
+        "rm -rf .git", "rm -rf .git && git init -q && git add -A && "
         "git -c user.name=x -c user.email=x@localhost commit -qm mine",
         "find .git/objects -type f -delete; : > .git/HEAD",
         "mv .git /tmp/g; ln -s /tmp .git"))],

@@ -226,9 +226,9 @@ def test_what_takes_all_memory_is_killed_and_the_sandbox_goes_on(
 
 
 class Ready(ko.Listener):
-    def on_output(self, data: bytes) -> None:
-        super().on_output(data)
-        if b"ready" in self.out:
+    def hear(self, data: bytes, *, is_error: bool) -> None:
+        super().hear(data, is_error=is_error)
+        if not is_error and b"ready" in self.out:
             raise ko.Interrupted(15)
 
 

@@ -263,6 +263,7 @@ def test_no_datagram_reaches_the_host(stack: Stack, addresses: dict[str, str]) -
         assert listener.recv(1) == b"x"
 
 
+@pytest.mark.slow
 def test_names_are_resolved_inside_only_and_unknown_ones_fail_soon(
     stack: Stack,
 ) -> None:
@@ -303,6 +304,7 @@ def test_the_log_names_what_was_refused(stack: Stack) -> None:
     stack.await_log("egress", 'Proxying refused on filtered domain "a-repository.test"')
 
 
+@pytest.mark.slow
 def test_an_empty_list_allows_nothing(images: None) -> None:
     with running(EGRESS, FAKE_OUTSIDE, EGRESS_ALLOW="",
                  SANDBOX_PROJECT=f"{PROJECT}-empty") as closed:

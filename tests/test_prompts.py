@@ -63,3 +63,10 @@ def test_a_long_text_loses_its_middle_only() -> None:
     text = ko.shortened("a" * 400 + "b" * 400, 100)
     assert len(text) <= 100 and text.startswith("aaa") and text.endswith("bbb")
     assert ko.shortened(" short ") == "short"
+
+
+def test_the_agent_is_told_what_deserves_a_person_and_what_to_decide_itself() -> None:
+    told = " ".join(prompt().split())
+    for part in ("Decide details", "say what you chose", "a product decision, a secret",
+                 "cannot be undone", "An offer after finished work is no question"):
+        assert part in told

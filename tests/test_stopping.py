@@ -68,9 +68,9 @@ class Ready(ko.Listener):
         super().__init__(1000)
         self._look, self._times, self.seen = look, times, list[str]()
 
-    def on_output(self, data: bytes) -> None:
-        super().on_output(data)
-        if self.out.count(b"ready") == self._times:
+    def hear(self, data: bytes, *, is_error: bool) -> None:
+        super().hear(data, is_error=is_error)
+        if not is_error and self.out.count(b"ready") == self._times:
             self.seen = self._look()
             raise ko.Interrupted(signal.SIGTERM)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from typing import Any
 
@@ -224,54 +225,6 @@ def test_a_block_without_a_question_asks_with_the_message() -> None:
     assert ko.judge(said(text)).question == ko.Question(text)
 
 
-ESCALATES = {
-    "I need you to create the OAuth client in the console.": "text_blocked",
-    "I’m still **blocked**: the sandbox refuses the write.": "text_blocked",
-    "A human must sign the release before it goes out.": "text_blocked",
-    "Everything is written. The push requires your approval.": "text_blocked",
-    "I cannot continue without the key of the payment provider.": "text_blocked",
-    "## What I need from you\n\n- the URL of the test server": "text_blocked",
-    "Credentials are required.\n\n" + "I looked at it. " * 40: "text_blocked",
-    "Three findings.\n\n[A] Fix all [B] Fix the first [C] Stop": "text_menu",
-    "Continue with the migration? [Y/N]": "text_menu",
-    "Please provide the schema of the orders table.": "text_request",
-    "The folder is empty. Could you please share the files?": "text_request",
-    "Choose one:\n\n1. keep the old API\n2. drop it": "text_request",
-    "<think>easy</think>\nReply with the goal and I will start.": "text_request",
-    "Which of the two queues should the worker read?": "text_question",
-    "I added the model.\n\n**Should the old column be kept?**": "text_question",
-    "Do you want me to start with the importer?": "text_question",
-    "どのデータベースを使いますか？ MySQL か SQLite ですか？": "text_question",
-}
-DOES_NOT_ESCALATE = (
-    "I added the endpoint and its tests. Want me to commit it?",
-    "Fixed the parser. Would you like me to clean up the old one?",
-    "All tests pass.\n\nIf you want, I can also add a cache.",
-    "Done. Let me know if anything else is needed.",
-    "Implemented.\n\nWhat would you like to do next?\n1. deploy\n2. document",
-    "Added the approval page: a user can request access.",
-    "The dialog now asks `Please confirm?` before it deletes.",
-    "Blocked accounts are now rejected; permissions are checked first.",
-    "## Why was it slow?\n\nThe index was missing. Added it.",
-    "Changed the type to `string?` and the link to `/list?page=2`.",
-    "Added this:\n```js\nconst a = b ? c : d;\n// please confirm?\n```",
-    "Is it fast enough?\n\n" + "Added one more index to the table. " * 60,
-    "Renamed the flag. Please note that old scripts must be adapted.",
-)
-
-
-@pytest.mark.parametrize("text", ESCALATES, ids=lambda t: t[:40])
-def test_prose_that_needs_a_person_escalates(text: str) -> None:
-    verdict = ko.judge(said(text))
-    assert (verdict.status, verdict.rule) == (NEEDS_HUMAN, ESCALATES[text])
-    assert verdict.question is not None and verdict.question.text
-
-
-@pytest.mark.parametrize("text", DOES_NOT_ESCALATE, ids=lambda t: t[:40])
-def test_prose_that_needs_nobody_does_not_escalate(text: str) -> None:
-    assert ko.judge(said(text)).status is COMPLETED
-
-
 @pytest.mark.parametrize(("text", "rule", "status"), [
     ("", "empty", FAILED), (" \n", "empty", FAILED),
     ("Fixed the bug; I could not reproduce the second one.", "text_done", COMPLETED),
@@ -281,15 +234,6 @@ def test_other_prose_is_judged_by_whether_work_is_reported(
         text: str, rule: str, status: ko.VerdictStatus) -> None:
     verdict = ko.judge(said(text))
     assert (verdict.status, verdict.rule) == (status, rule)
-
-
-@pytest.mark.parametrize(("text", "question"), [
-    ("Two ways.\n\nWhich one should be built?\n\n- a queue\n* a cron job",
-     ko.Question("Which one should be built?", ("a queue", "a cron job"))),
-])
-def test_a_question_in_prose_keeps_its_options(
-        text: str, question: ko.Question) -> None:
-    assert ko.judge(said(text)).question == question
 
 
 E2E = {"status": "failed", "diagnosis": "The route is missing.", "options": [],
@@ -356,3 +300,41 @@ def test_a_megabyte_of_anything_is_judged_quickly(unit: str) -> None:
     ko.judge(said(f"STATUS: needs_human\n{text}"))
     ko.outage(broke(text, terminal_reason=""))
     assert time.process_time() - started < 2.0
+
+
+ASKED = {"type": "assistant", "message": {"content": [{
+    "type": "tool_use", "name": "AskUserQuestion", "input": {"questions": [{
+        "question": "Which database?", "header": "DB", "multiSelect": False,
+        "options": [{"label": "SQLite", "description": "a file"},
+                    {"label": "Postgres"}]}]}}]}}
+
+
+def heard(**result: Any) -> ko.AgentResult:
+    decoder = ko.StreamDecoder()
+    event = {"type": "result", "subtype": "success", "is_error": False, **result}
+    decoder.feed(f"{json.dumps(ASKED)}\n{json.dumps(event)}\n".encode())
+    return decoder.finish("")
+
+
+def test_a_question_that_the_cli_refused_to_ask_is_asked_by_us() -> None:
+    verdict = ko.judge(heard(result="I could not ask. I am done for now."))
+    assert (verdict.status, verdict.rule) == (ko.VerdictStatus.NEEDS_HUMAN, "asked")
+    assert verdict.question == ko.Question("Which database?", ("SQLite", "Postgres"))
+
+
+def test_a_report_outranks_a_question_that_was_not_asked() -> None:
+    report = {"status": "completed", "summary": "ok"}
+    verdict = ko.judge(heard(structured_output=report))
+    assert verdict.status is ko.VerdictStatus.COMPLETED
+
+
+@pytest.mark.parametrize("questions", [None, [], "x", [None], [{}], [{"question": 3}]])
+def test_a_malformed_question_is_survived(questions: object) -> None:
+    decoder = ko.StreamDecoder()
+    call = {"type": "tool_use", "name": "AskUserQuestion",
+            "input": {"questions": questions}}
+    event = {"type": "assistant", "message": {"content": [call]}}
+    decoder.feed(json.dumps(event).encode() + b"\n")
+    decoder.feed(b'{"type": "result", "result": "All done.", "is_error": false}\n')
+    assert ko.judge(decoder.finish("")).question is None or questions == [
+        {"question": 3}]

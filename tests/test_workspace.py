@@ -310,6 +310,7 @@ def test_the_agent_can_work_and_cannot_touch_the_mirror(clean: Box) -> None:
     assert '"login": false' in told
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_files_are_out_of_sight_at_once_and_swept_later(
     clean: Box, source: Path,
 ) -> None:
