@@ -2380,7 +2380,8 @@ class TaskRunner:
         self._outages += 1
         wait_s = retry_delay_s(problem, self._outages, now=now.timestamp(), delays_s=
                                config.outage_delays_s, limit_wait_s=config.limit_wait_s)
-        until_s = problem.resets_at if wait_s is None else now.timestamp() + wait_s
+        until_s = now.timestamp() + wait_s if wait_s is not None else (
+            problem.resets_at and problem.resets_at + LIMIT_MARGIN_S)
         until = stamp(datetime.fromtimestamp(until_s, UTC)) if until_s else ""
         state = self._save(dataclasses.replace(state, wait=Wait(problem.reason, until)))
         if wait_s is None:
