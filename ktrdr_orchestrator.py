@@ -545,8 +545,7 @@ def _fence_problems(doc: _Doc, other: _Doc) -> Iterator[Problem]:
                       "close it above the tasks" if below else "")
 
 def _labels(doc: _Doc, start: int, end: int) -> list[tuple[str, list[str]]]:
-    """The labels in these lines: a group of _LABEL, "script" or "" for nothing here,
-    with the value and the items of the list below it."""
+    """Labels, by a group of _LABEL, "script" or "", with value and items below."""
     labels, indent = [("", [""])], 0
     for i in range(start, end):
         line, (kind, texts) = doc.shown[i], labels[-1]
@@ -836,8 +835,7 @@ class Redactor:
         self._secrets, self._held = secrets, b""
 
     def feed(self, data: bytes) -> bytes:
-        """What can be told so far; the beginning of a secret is held back. No data is
-        the end of the stream, and tells all that is left."""
+        """What can be told; a secret's start is held back until the end (no data)."""
         is_end, data = not data, self._held + data
         for secret in self._secrets:
             data = data.replace(secret, b"[redacted]")
@@ -847,8 +845,8 @@ class Redactor:
         return data
 
 class StreamDecoder:
-    """Fold the bytes of `--output-format stream-json` into one AgentResult. Nothing in
-    them makes it raise; a line of over MAX_LINE_BYTES is passed over."""
+    """Fold a `--output-format stream-json` into an AgentResult; nothing makes it raise;
+    a line of over MAX_LINE_BYTES is passed over."""
     def __init__(self) -> None:
         self._open = bytearray()              # a line that has not ended yet
         self.seen = AgentResult()             # what is known so far
@@ -925,8 +923,7 @@ _PERSON = re.compile(
     r"|certificate|_CERT|UNABLE_TO_VERIFY|API Error[^\n:]{0,60}: 40[0-7]\b")
 
 def outage(result: AgentResult) -> Outage | None:
-    """Tell an API that cannot answer from a task that failed. No result event is no
-    outage: the task may have caused the crash."""
+    """Tell an API that cannot answer from a task that failed; no result is none."""
     is_api = bool(result.terminal_reason in ("api_error", "prompt_too_long")
                   or result.api_error or result.api_error_status)
     is_older_cli = not (result.terminal_reason or result.subtype.startswith("error_"))
@@ -1111,8 +1108,7 @@ def detect_loop(record: TaskRecord, *, max_attempts: int, same_from: float) -> s
 
 def retry_delay_s(outage: Outage, outages: int, *, now: float,
                   delays_s: Sequence[float], limit_wait_s: float) -> float | None:
-    """Seconds to wait after the n-th outage in a row; None: not within what may be
-    waited. `now` and the reset are seconds since the epoch."""
+    """Seconds to the n-th retry in a row, or None; moments are since the epoch."""
     if outages > len(delays_s):
         return None
     if outage.kind is not OutageKind.LIMIT or outage.resets_at is None:
@@ -1583,8 +1579,7 @@ echo "held since ${20}"        # as hold.sh says: another start is another conta
 """
 
 class DockerSandbox(Sandbox):
-    """Service `sandbox` of a compose project; engine and context are compose's own.
-    Its lock is a process in it, not the agent's, that lives as long as we do."""
+    """Service `sandbox` of a compose project. Its lock is a process in it, not ours."""
     permissions = ("--dangerously-skip-permissions",)
 
     def __init__(self, processes: Processes, clock: Clock, *, compose_files: str,
@@ -1758,8 +1753,7 @@ def read_transcript(path: Path, chunks: Iterable[bytes]) -> AgentResult:
     return decoder.finish(stderr.decode("utf-8", "replace").strip())
 
 class ClaudeAgent:
-    """`claude -p` in the sandbox, its stream kept on disk. What interrupts a call (a
-    signal, a sandbox lost) comes back beside its result, whose cost is recorded."""
+    """`claude -p` in the sandbox; what interrupts it comes back beside its result."""
     def __init__(self, sandbox: Sandbox, processes: Processes, config: Config, *,
                  on_tool: Callable[[str], None],
                  on_silence: Callable[[float], None]) -> None:
@@ -1884,8 +1878,7 @@ class StateStore:
         return target if found else None
 
 class RunLock:
-    """`<name>.lock`, under flock while its owner lives, so that no dead one is in the
-    way; it names PID, start and host of its owner, and is empty after a good end."""
+    """`<name>.lock`: under flock while its owner lives; names PID, start and host."""
     def __init__(self, path: Path, clock: Clock) -> None:
         self._path, self._clock = path, clock
 
@@ -1944,8 +1937,7 @@ class Ledger:
 
 # ==== 13. Telemetry ================================================= [shell]
 class Telemetry:
-    """Spans by OTLP/HTTP: milestone > task > claude_invoke; failures are told once, at
-    the end. Without OTEL_EXPORTER_OTLP_[TRACES_]ENDPOINT nothing is imported."""
+    """Spans by OTLP/HTTP: milestone > task > claude_invoke. Off without an endpoint."""
     def __init__(self, environ: Mapping[str, str], warn: Callable[[str], None]) -> None:
         self._warn, self._complaint = warn, ""
         self._provider: Any = None
@@ -2031,8 +2023,12 @@ class Reporter:
     @staticmethod
     def _write(stream: TextIO, text: str) -> None:
         encoding = stream.encoding or "utf-8"    # ASCII under some locales
-        stream.write(text.encode(encoding, "replace").decode(encoding))
-        stream.flush()
+        try:
+            stream.write(text.encode(encoding, "replace").decode(encoding))
+            stream.flush()
+        except OSError:              # what is left must not fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            raise
 
     def _tell(self, text: str, is_live: bool = False) -> None:
         """On stderr, in place of the live line. If nobody reads, the work goes on."""
@@ -2042,7 +2038,12 @@ class Reporter:
         self._erase = "\r\x1b[2K" if is_live else ""
 
     def answer(self, text: str) -> None:
-        self._write(self._out, f"{_CONTROLS.sub('', text)}\n")
+        try:
+            self._write(self._out, f"{_CONTROLS.sub('', text)}\n")
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise OrchestratorError(f"stdout: {error.strerror}") from None
     def progress(self, message: str, is_live: bool = False) -> None:
         self._tell(f"{self._clock.now():{self._form}} {message}", is_live)
     def error(self, error: OrchestratorError) -> None:
@@ -2317,9 +2318,8 @@ class TaskRunner:
     def _ask(self, state: RunState, task: Task, prompt: str, schema: Mapping[str, Any],
              judged: Callable[[AgentResult], Verdict], session_id: str = "",
              ) -> tuple[RunState, Verdict | None]:
-        """One attempt: counted and saved before the call, in the ledger as soon as that
-        ended, in the state that comes back, which is not saved yet. It stays counted
-        unless Ctrl-C, the sandbox or an outage (no verdict then) ended it."""
+        """One attempt: counted before the call, in the ledger after it, uncounted after
+        Ctrl-C, a lost sandbox or an outage (no verdict then)."""
         crew, state = self._crew, self._counted(state, task)
         number, at = state.record(task.id).started, stamp(crew.clock.now())
         limit_usd = self._config.max_cost_usd
@@ -2369,8 +2369,7 @@ class TaskRunner:
                 name: dataclasses.asdict(usage) for name, usage in models}, **more})
 
     def _put_off(self, state: RunState, task: Task, problem: Outage) -> RunState:
-        """The wait saved, the attempt uncounted, or a question if no wait is a cure.
-        Raises OutageError if the wait is too long."""
+        """The wait saved, the attempt uncounted; a question if none is a cure."""
         config, now = self._config, self._crew.clock.now()
         state = state.updated(task.id, started=state.record(task.id).started - 1)
         if problem.kind is OutageKind.PERSON:
@@ -2472,8 +2471,7 @@ class MilestoneRunner:
 
     def run(self, state: RunState, task: Task | None = None, guidance: str = "",
             ) -> RunState:
-        """The state when nothing more can be done now; saved at each step. A `task` is
-        done alone, out of turn, its count anew; what E2E showed is void then."""
+        """The state when nothing is left to do; a `task` alone has its count anew."""
         state = self._begun(state)
         if task:
             records = {i: record for i, record in state.tasks.items() if i != E2E_ID}
@@ -2691,8 +2689,9 @@ def work(world: World, plan: Plan, state: RunState, task: Task | None) -> RunSta
     notifier.tell("question" if asked else report["status"], plan.milestone,
                   "\n".join(asked) or status_text(report))
     after = {"completed": "fetch {}", "needs_human": "resume {} --answer TEXT"}
-    reporter.answer(f"{status_text(report)}\nnext: {PROGRAM} " + after.get(
-        report["status"], "logs {}").format(plan.path))
+    with contextlib.suppress(BrokenPipeError, OrchestratorError):    # nobody reads it
+        reporter.answer(f"{status_text(report)}\nnext: {PROGRAM} " + after.get(
+            report["status"], "logs {}").format(plan.path))
     return state
 
 def cmd_check(world: World) -> ExitCode:
@@ -2978,18 +2977,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     secrets = [value.encode() for name, value in environ.items()
                if re.fullmatch(r"(ANTHROPIC|CLAUDE_CODE)_\w*(KEY|TOKEN)", name)
                and len(value) >= MIN_SECRET_CHARS]
-    reporter = Reporter(sys.stdout, sys.stderr, clock, environ=environ)
+    out, err = (stream or open(os.devnull, "w", encoding="utf-8")     # if closed
+                for stream in (sys.stdout, sys.stderr))
+    reporter = Reporter(out, err, clock, environ=environ)
     try:
         install_signal_handlers()
         args = build_parser().parse_args(argv)
         return int(args.act(World(
             args, *read_settings(args, environ), environ, clock, Processes(
-                clock, secrets), Terminal(sys.stdin, sys.stderr), reporter)) or 0)
+                clock, secrets), Terminal(sys.stdin, err), reporter)) or 0)
     except OrchestratorError as error:
         reporter.error(error)
         return error.exit_code
     except BrokenPipeError:      # `... | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OK
     except Exception:            # the boundary: shown in full, never hidden
         told = f"{traceback.format_exc()}This is a bug; the state is as last saved"

@@ -340,13 +340,36 @@ def local(folder: Path) -> tuple[str, ...]:
     return *LOCAL[:-1], f"env CLAUDE_CONFIG_DIR={folder}/.c {LOCAL[-1]}"
 
 
-@pytest.mark.parametrize("redirected", ["", "<&-"])
+@pytest.mark.parametrize("redirected", [
+    "", "<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full",
+    ">/dev/full 2>&1", "| true"])
+def test_a_milestone_is_parked_with_an_empty_environment_whoever_reads(
+    repository: Path, redirected: str,
+) -> None:
+    done = least(repository, "run", AMBIGUOUS, *local(repository),
+                 redirected=redirected)
+    assert "Traceback" not in done.stderr and "bug" not in done.stderr
+    state = Program(repository).state("ambiguous_task")
+    assert state["task_results"]["1.1"]["status"] == "needs_human"
+    assert redirected == "| true" or done.returncode == ko.ExitCode.NEEDS_HUMAN
+
+
+@pytest.mark.parametrize("redirected", ["", "<&-", "<&- >&- 2>&-", ">/dev/full 2>&1"])
 def test_a_milestone_is_done_with_an_empty_environment(
     repository: Path, redirected: str,
 ) -> None:
     done = least(repository, "run", HELLO, *local(repository), redirected=redirected)
-    assert done.returncode == 0 and "hello_world: completed" in done.stdout
+    assert done.returncode == 0 and "Traceback" not in done.stderr
     assert Program(repository).state("hello_world")["completed_tasks"] == ["1.1"]
+
+
+@pytest.mark.parametrize("redirected", [">/dev/full", ">&-", "2>&-"])
+def test_an_answer_that_cannot_be_written_is_told(
+    repository: Path, redirected: str,
+) -> None:
+    done = least(repository, "status", redirected=redirected)
+    assert done.returncode == (1 if "full" in redirected else 0)
+    assert ("error: stdout: No space left" in done.stderr) is ("full" in redirected)
     assert "Traceback" not in done.stderr
 
 
@@ -391,9 +414,11 @@ def test_a_start_with_nothing_to_do_costs_no_call_and_half_a_second_at_most(
         first.communicate(timeout=20)
         assert first.returncode == status
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    again = program.run(*args)
+    program.environ["PATH"] = str(repository)        # no git, no docker
+    again = program.run(*args, "--sandbox", "docker")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert again.returncode == status and told in again.stderr
+    assert not again.stdout and len(again.stderr.splitlines()) <= 2
     # of processor time: how long it takes beside other tests says little
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
     first.terminate()
