@@ -274,7 +274,7 @@ def test_systemd_parks_goes_on_stops_at_once_and_fails_only_when_it_failed(
     schedule("*:*:0/2")
     wait_for(lambda: calls(person) == 1)
     assert ended() == "3 success"
-    lock = home / "project/state/.locking"
+    lock = home / "project/state/plan.lock"
     before = lock.stat().st_mtime_ns
     wait_for(lambda: lock.stat().st_mtime_ns > before)      # it was started again
     schedule("2099-01-01")
