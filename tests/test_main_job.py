@@ -207,6 +207,21 @@ def test_an_agent_that_dies_has_failed_its_attempt(
     assert [a["status"] for a in attempts] == ["failed", "completed"]
 
 
+def test_a_parked_question_does_not_keep_another_task_from_being_run(
+    program: Program,
+) -> None:
+    plan = program.cwd / "two.md"
+    plan.write_text("# Two\n\n## Task 1.1: One\n\nOne.\n\n## Task 1.2: Two\n\nTwo.\n")
+    program.scenarios({"two/1.1": {"attempts": [[
+        {"report": {"status": "needs_human", "summary": "?", "question": "Which?"}}]]},
+        "two/1.2": {"attempts": [DONE]}})
+    assert program.run("run", plan, *LOCAL).returncode == 3
+    assert program.run("task", plan, "1.2", *LOCAL).returncode == 0
+    again = program.run("run", plan, *LOCAL)
+    assert again.returncode == 3 and "task 1.1 asks: Which?" in again.stderr
+    assert program.state("two")["completed_tasks"] == ["1.2"]
+
+
 @pytest.mark.parametrize(("number", "status"), [
     (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
 def test_a_signal_ends_it_quickly_and_leaves_nothing(
