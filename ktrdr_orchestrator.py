@@ -2884,7 +2884,7 @@ _ARGUMENTS: dict[str, str | dict[str, Any]] = {    # words alone: a switch
     "file": {"metavar": "FILE", "type": Path, "help": "a stream; - for standard input"},
     "rest": {"nargs": "*", "help": "arguments for it, after --"},
     "--json": "for machines", "--total": "one number", "--rebuild": "the image too",
-    "--follow": "it", "--fresh": "archive what an earlier run left and start over",
+    "--follow": "as it grows", "--fresh": "archive the earlier run and start over",
     "--force": "even so: under a run, over a branch that differs",
     "--into": {"metavar": "REPO", "default": "", "help": "default: --repo"},
     "--answer": {"dest": "answer", "metavar": "TEXT", "help": "to the parked question"},
@@ -2897,8 +2897,7 @@ _ARGUMENTS: dict[str, str | dict[str, Any]] = {    # words alone: a switch
     "--since": {"metavar": "2026-01-31", "type": datetime.fromisoformat}}
 _CLI: tuple[tuple[str, Callable[[World], ExitCode | None], str, str], ...] = (
     ("run", cmd_run, "start a milestone, or go on", "plan --fresh"),
-    ("resume", cmd_run, "go on, perhaps with an answer to the parked question",
-     "plan --answer --answer-file --skip"),
+    ("resume", cmd_run, "go on, or answer first", "plan --answer --answer-file --skip"),
     ("task", cmd_run, "run one task", "plan id --guidance"),
     ("check", cmd_check, "", "plan? --json"),
     ("status", cmd_status, "", "plan? --json"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from boxes import KEY, AgentBox, agent_box, wait_until
 from conftest import TEST_PLANS
-from test_telemetry import Receiver
+from receiver import SpanReceiver
 
 pytestmark = [pytest.mark.docker]
 HELLO = TEST_PLANS / "hello_world.md"
@@ -210,6 +209,15 @@ def test_finished_work_outlives_a_reset_and_is_fetched_into_a_branch_of_its_own(
 
 # Keys.
 
+@pytest.fixture
+def receiver(box: AgentBox) -> Iterator[SpanReceiver]:
+    """Gets the spans of what the box runs meanwhile."""
+    with SpanReceiver() as server:
+        box.program.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = server.url
+        yield server
+        del box.program.environ["OTEL_EXPORTER_OTLP_ENDPOINT"]
+
+
 def everything_of(box: AgentBox) -> str:
     """All that can be seen of the sandbox from outside."""
     image = os.environ.get("SANDBOX_IMAGE", "ktrdr-sandbox")
@@ -228,13 +236,9 @@ def host_files(box: AgentBox) -> bytes:
 
 
 def test_no_byte_of_the_key_is_to_be_seen_during_a_run_and_after_it(
-    box: AgentBox, tmp_path: Path,
+    box: AgentBox, tmp_path: Path, receiver: SpanReceiver,
 ) -> None:
-    receiver = Receiver()
-    threading.Thread(target=receiver.serve_forever, daemon=True).start()
-    box.program.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = receiver.url
     started = box.hanging_run(tmp_path)
-    del box.program.environ["OTEL_EXPORTER_OTLP_ENDPOINT"]
     ps = ["ps", "-eww", "-o", "args="]
     seen = subprocess.run(ps, capture_output=True, text=True, check=True).stdout
     seen += box.inside(" ".join(ps)) + everything_of(box)
@@ -252,11 +256,8 @@ def test_no_byte_of_the_key_is_to_be_seen_during_a_run_and_after_it(
 
 @pytest.mark.slow
 def test_a_key_that_the_agent_tells_is_redacted_wherever_we_write(
-    box: AgentBox, tmp_path: Path,
+    box: AgentBox, tmp_path: Path, receiver: SpanReceiver,
 ) -> None:
-    receiver = Receiver()
-    threading.Thread(target=receiver.serve_forever, daemon=True).start()
-    box.program.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = receiver.url
     asks = [{"bash": f"echo {KEY} >&2; echo {KEY} | tee s"},
             {"say": f"STATUS: needs_human\nQUESTION: is {KEY} yours?"}]
     fails = [{"say": f"STATUS: failed\nERROR: {KEY} is no good"}]
@@ -268,7 +269,6 @@ def test_a_key_that_the_agent_tells_is_redacted_wherever_we_write(
     gate = plan_of(box, tmp_path, "gate", [{"say": "STATUS: completed"}],
                    gate=f"echo {KEY[:9]}''{KEY[9:]} && false")
     failed = box.program.run("run", gate, timeout_s=120)
-    del box.program.environ["OTEL_EXPORTER_OTLP_ENDPOINT"]
     assert failed.returncode == 1 and "[redacted]" in str(box.program.state("gate"))
     told = done.stdout + done.stderr + shown + failed.stdout + failed.stderr
     assert KEY not in told and KEY not in str(receiver.spans)

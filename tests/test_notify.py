@@ -3,54 +3,41 @@ from __future__ import annotations
 
 import json
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TEST_PLANS
 from program import LOCAL, Program
+from receiver import Receiver
 
 pytestmark = pytest.mark.contract
 HELLO, AMBIGUOUS = TEST_PLANS / "hello_world.md", TEST_PLANS / "ambiguous_task.md"
 
 
-class Receiver(ThreadingHTTPServer):
+class NewsReceiver(Receiver):
     """Takes JSON posts as Slack and Discord do; `status` is what it answers."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Post)
+        super().__init__("/hook/secret-path")
         self.posts: list[Any] = []
-        self.status, self.delay_s, self.seen = 204, 0.0, ""
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/hook/secret-path"
+        self.status, self.seen = 204, ""
 
-
-class Post(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        assert isinstance(self.server, Receiver)
-        time.sleep(self.server.delay_s)
-        assert self.headers["Content-Type"] == "application/json"
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.posts.append(json.loads(body))
-        self.server.seen += subprocess.run(
-            ["ps", "-eww", "-o", "args="], capture_output=True, text=True,
-            check=True).stdout
-        self.send_response(self.server.status)
-        self.end_headers()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+    def take(self, headers: Message, body: bytes) -> int:
+        assert headers["Content-Type"] == "application/json"
+        self.posts.append(json.loads(body))
+        self.seen += subprocess.run(["ps", "-eww", "-o", "args="], check=True,
+                                    capture_output=True, text=True).stdout
+        return self.status
 
 
 @pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with Receiver() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+def receiver() -> Iterator[NewsReceiver]:
+    with NewsReceiver() as server:
         yield server
-        server.shutdown()
 
 
 def news(folder: Path) -> list[Any]:
@@ -96,7 +83,7 @@ def test_a_failed_milestone_and_one_that_cannot_go_on_are_told(
 
 
 def test_a_url_gets_the_news_as_slack_and_discord_take_it(
-    repository: Path, receiver: Receiver,
+    repository: Path, receiver: NewsReceiver,
 ) -> None:
     done = Program(repository).run("run", HELLO, *LOCAL, "--notify-url", receiver.url)
     assert done.returncode == 0, done.stderr
@@ -105,7 +92,7 @@ def test_a_url_gets_the_news_as_slack_and_discord_take_it(
 
 
 def test_a_url_from_the_environment_is_in_no_argument(
-    repository: Path, receiver: Receiver,
+    repository: Path, receiver: NewsReceiver,
 ) -> None:
     program = Program(repository, ORCHESTRATOR_NOTIFY_URL=receiver.url)
     assert program.run("run", HELLO, *LOCAL).returncode == 0
@@ -115,7 +102,7 @@ def test_a_url_from_the_environment_is_in_no_argument(
 
 @pytest.mark.parametrize("how", ["refused", "500", "fails", "missing"])
 def test_a_notifier_that_fails_is_a_warning_and_changes_nothing_else(
-    repository: Path, receiver: Receiver, how: str,
+    repository: Path, receiver: NewsReceiver, how: str,
 ) -> None:
     receiver.status = 500
     args = {"refused": ("--notify-url", "http://127.0.0.1:9/x"),

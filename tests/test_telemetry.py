@@ -4,53 +4,24 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 from conftest import ROOT, TEST_PLANS
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-    ExportTraceServiceRequest,
-)
 from program import LOCAL, PROGRAM, Program
+from receiver import SpanReceiver
 
 import ktrdr_orchestrator as ko
 
 HELLO = TEST_PLANS / "hello_world.md"
 
 
-class Receiver(ThreadingHTTPServer):
-    """An OTLP/HTTP backend on loopback that decodes what it gets."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Post)
-        self.spans: list[Any] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Post(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        request = ExportTraceServiceRequest.FromString(body)
-        assert isinstance(self.server, Receiver)
-        self.server.spans += [span for resource in request.resource_spans
-                              for scope in resource.scope_spans for span in scope.spans]
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 @pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with Receiver() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+def receiver() -> Iterator[SpanReceiver]:
+    with SpanReceiver() as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
@@ -83,7 +54,7 @@ def test_a_run_without_an_endpoint_imports_no_opentelemetry(repository: Any) -> 
 
 @pytest.mark.contract
 def test_the_spans_of_a_run_are_one_trace_in_their_hierarchy(
-    repository: Any, receiver: Receiver,
+    repository: Any, receiver: SpanReceiver,
 ) -> None:
     program = Program(repository, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
     assert program.run("run", HELLO, *LOCAL).returncode == 0
