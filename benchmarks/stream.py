@@ -28,9 +28,11 @@ if way == "json.loads on every line":
             json.loads(line)
             events += 1
 elif way == "decoder alone":
+    decoder = ko.StreamDecoder()
     with source.open("rb") as file:
-        chunks = iter(lambda: file.read(1 << 20), b"")
-        events = ko.read_transcript(source, chunks).events
+        while chunk := file.read(1 << 20):
+            decoder.feed(chunk)
+    events = decoder.finish().events
 else:
     transcript = ko.Transcript(target, lambda tool: None, lambda idle_s: None)
     done = ko.Processes(ko.Clock()).stream(

@@ -96,12 +96,11 @@ def error_kind(status: int) -> str:
 # ---- scenarios: shared with scripted_api.py ----------------------------------------
 
 FIRST_LINES = (  # the contract with the prompts; groups: milestone or (task, milestone)
+    (re.compile(r"Task e2e-fix-\d+ of milestone (.+?): E2E fix (\d+)"), "{0}/fix"),
     (re.compile(r"Task (\S+) of milestone (.+?): .*\(attempt (\d+) of \d+\)"),
      "{1}/{0}"),
-    (re.compile(r"Answer for task (\S+) of milestone (.+?):()"), "{1}/{0}/answer"),
+    (re.compile(r"Answer: Task (\S+) of milestone (.+?):()"), "{1}/{0}/answer"),
     (re.compile(r"E2E scenario of milestone (.+) \(run (\d+)\)"), "{0}/e2e"),
-    (re.compile(r"Fix for the E2E scenario of milestone (.+) \(fix (\d+)\)"),
-     "{0}/fix"),
 )
 
 
@@ -294,8 +293,10 @@ def remembered(name: str) -> int | None:
 
 
 def remember(name: str, number: int) -> None:
-    with open(memory_path(name), "w", encoding="utf-8") as file:
+    path = memory_path(name)
+    with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
         file.write(str(number))
+    os.replace(file.name, path)       # whole, whenever the agent is stopped
 
 
 def is_due(step: Step, place: str) -> bool:
@@ -843,9 +844,10 @@ def refuse_session(session: str) -> NoReturn:
 def log_call(argv: Sequence[str], prompt: str) -> None:
     path = os.environ.get("SCRIPTED_CLAUDE_LOG")
     if path:
-        line = compact({"argv": list(argv), "first_line": first_line(prompt),
-                        "pid": os.getpid(), "cwd": os.getcwd()})
-        with open(path, "a", encoding="utf-8") as file:
+        line = compact({"argv": list(argv), "prompt": prompt, "pid": os.getpid(),
+                        "cwd": os.getcwd()})
+        # in one piece, since others read and write it meanwhile
+        with open(path, "a", encoding="utf-8", buffering=1 << 20) as file:
             file.write(line + "\n")
 
 

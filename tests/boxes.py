@@ -133,7 +133,8 @@ class AgentBox(DockerBox):
 
 @contextlib.contextmanager
 def agent_box(folder: Path, project: str) -> Iterator[AgentBox]:
-    make_repository(folder)
+    if not (folder / ".git").exists():
+        make_repository(folder)
     with ScriptedApi(dict(load_scenarios())) as api, docker_box(
             folder, project, ROOT / "tests/data/docker-compose.host-network.yml",
             ANTHROPIC_BASE_URL=api.url, ANTHROPIC_API_KEY=KEY, SANDBOX_PIDS="512",

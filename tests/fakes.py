@@ -112,6 +112,7 @@ class FakeSandbox(ko.Sandbox):
         self.gate_timeouts_s: list[float] = []
         self.gate_ended = ko.Ended.EXIT
         self.losses: list[bool] = []     # whether the next sweeps find it gone
+        self.changes = ""                # what `git diff` says of the milestone
 
     @property
     def work(self) -> frozenset[str]:
@@ -128,9 +129,8 @@ class FakeSandbox(ko.Sandbox):
     def open(self) -> None:
         self.calls.append("open")
 
-    def sweep(self) -> None:
-        if self.losses and self.losses.pop(0):
-            raise lost()
+    def sweep(self) -> ko.SandboxLostError | None:
+        return lost() if self.losses and self.losses.pop(0) else None
 
     def start_branch(self, branch: str, base: str, *, kept_as: str) -> str:
         self.head = "c0"
@@ -153,6 +153,12 @@ class FakeSandbox(ko.Sandbox):
         if self.dirty or self.head != base:
             self.refs[ref] = self.work
         self.head, self.dirty = base, set()
+
+    def visit(self, commit: str) -> None:
+        self.calls.append(f"visit {commit}")
+
+    def diff(self, base: str, commit: str) -> str:
+        return self.changes
 
     def has_commit(self, commit: str) -> bool:
         return commit in self.commits or commit in self.refs
@@ -203,13 +209,15 @@ class ScriptedAgent:
         self._sandbox, self.before = sandbox, before
         self.outcomes = list(outcomes)
         self.calls: list[Any] = []
+        self.leaves_work = True
 
     def ask(self, prompt: str, **options: Any,
             ) -> tuple[ko.AgentResult, ko.Interrupted | ko.SandboxLostError | None]:
         call = SimpleNamespace(prompt=prompt, **options)
         self.before(call)
         self.calls.append(call)
-        self._sandbox.dirty.add(f"work {len(self.calls)}")
+        if self.leaves_work:
+            self._sandbox.dirty.add(f"work {len(self.calls)}")
         outcome = self.outcomes.pop(0)
         if isinstance(outcome, ko.Interrupted | ko.SandboxLostError):
             return cut_short(), outcome
@@ -269,7 +277,7 @@ def session_gone() -> ko.AgentResult:
     return dataclasses.replace(
         reported(0.0), structured=None, is_error=True, exit_code=1, turns=0,
         subtype="error_during_execution", terminal_reason="",
-        errors=("No conversation found with session ID: s-1",))
+        text="No conversation found with session ID: s-1")
 
 
 def lost() -> ko.SandboxLostError:
@@ -289,7 +297,8 @@ def task(task_id: str = "1.1", **fields: Any) -> ko.Task:
 
 
 def scenario(**fields: Any) -> ko.Task:
-    return ko.Task(ko.E2E_ID, "E2E Test", 8, 9, "the scenario", **fields)
+    text = "## E2E Test\nthe scenario"
+    return ko.Task(ko.E2E_ID, "E2E Test", 8, 9, **{"text": text, **fields})
 
 
 def plan(*tasks: ko.Task, e2e: ko.Task | None = None) -> ko.Plan:
@@ -335,8 +344,8 @@ class World:
         reporter = ko.Reporter(self.told, self.told, self.clock, environ={})
         telemetry = ko.Telemetry({}, reporter.progress)
         return ko.Crew(self.agent, self.sandbox, self.store, self.ledger,
-                       ko.EscalationDesk(self.terminal, reporter, self.config),
-                       self.notifier, reporter, telemetry, self.clock, self.config)
+                       self.terminal, self.notifier, reporter, telemetry, self.clock,
+                       self.config)
 
     def state(self) -> ko.RunState:
         """As saved, matched with the plan, as the next start reads it."""
@@ -350,8 +359,8 @@ class World:
         state = self.state()
         for task_id in waiting(state) if answer else ():
             state = state.updated(task_id, answer=answer)
-        return ko.MilestoneRunner(self.crew(), self.plan).run(state)
+        return ko.run_milestone(self.crew(), self.plan, state)
 
     def run_one(self, a_task: ko.Task, guidance: str = "") -> ko.RunState:
-        runner = ko.MilestoneRunner(self.crew(), self.plan)
-        return runner.run(self.state(), a_task, guidance)
+        world = self.crew(), self.plan, self.state()
+        return ko.run_milestone(*world, a_task, guidance)

@@ -3,9 +3,7 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import signal
 import subprocess
@@ -18,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import RECORDINGS, TEST_PLANS
 from fakes import new_state
-from program import LOCAL, PROGRAM, Program
+from program import LOCAL, PROGRAM, Program, Screen
 
 import ktrdr_orchestrator as ko
 
@@ -191,7 +189,7 @@ def test_check_plan_prints_the_documented_object(cli: Cli) -> None:
     assert report["milestone"] == "plan" and report["title"] == "A plan"
     assert report["tasks"][0] == {
         "id": "1.1", "title": "One", "line": 3, "end_line": 6, "type": "", "files": [],
-        "criteria": ["it is there"], "gates": [], "mark": ""}
+        "criteria": ["it is there"], "gates": [], "marked": False}
     assert list(report["e2e"]) == ["heading", "line", "end_line", "text", "gates"]
     assert report["errors"] == []
 
@@ -205,7 +203,7 @@ def test_check_of_a_bad_plan_prints_its_errors_and_exits_with_2(cli: Cli) -> Non
 
 def test_check_shows_a_person_every_task_and_problem(cli: Cli) -> None:
     code, out, _ = cli("check", cli.file("plan.md", PLAN))
-    assert code == 0 and re.search(r"^ +1\.1 .* One$", out, re.MULTILINE)
+    assert code == 0 and re.search(r"^ +1\.1 +One ", out, re.MULTILINE)
     assert "e2e:\n  heading: E2E" in out
     _, out, _ = cli("check", cli.file("empty.md", "# Nothing\n"))
     assert re.search(r"errors:\n +line +message +hint\n +1 ", out)
@@ -392,7 +390,7 @@ def test_a_parked_question_is_answered(tmp_path: Path, answer: tuple[str, ...]) 
     (tmp_path / "f").write_text("b\n")
     parked = program.run("run", AMBIGUOUS, *LOCAL)
     assert parked.returncode == ko.ExitCode.NEEDS_HUMAN
-    assert f"resume {AMBIGUOUS} --answer TEXT" in parked.stdout
+    assert f"resume --answer TEXT {AMBIGUOUS}" in parked.stdout
     assert program.run("resume", AMBIGUOUS, *answer, *LOCAL).returncode == 0
     again = program.run("run", AMBIGUOUS)
     assert again.returncode == 0 and "--fresh starts over" in again.stderr
@@ -421,6 +419,27 @@ def test_fetch_brings_the_branch_and_writes_nothing_else(
 
 
 @pytest.mark.contract
+@pytest.mark.parametrize("has_gh", [True, False], ids=["gh", "no gh"])
+def test_a_pull_request_tells_state_and_verdicts(
+    tmp_path: Path, repository: Path, has_gh: bool,
+) -> None:
+    for argv in (["init", "-q", "--bare", tmp_path / "o"],
+                 ["-C", repository, "remote", "add", "origin", tmp_path / "o"]):
+        subprocess.run(["git", *argv], check=True)
+    gh = tmp_path / "bin/gh"
+    gh.parent.mkdir()
+    gh.write_text(f"#!/bin/sh\n{'echo made: $*; cat' if has_gh else 'exit 1'}\n")
+    gh.chmod(0o755)
+    program = Program(tmp_path, PATH=f"{gh.parent}:{os.environ['PATH']}")
+    done = program.run("run", HELLO, *LOCAL, "--repo", repository, "--create-pr")
+    assert done.returncode == 0 and "state:\n" in done.stdout
+    assert re.search(r"^ +1\.1 +completed", done.stdout, re.MULTILINE)
+    assert re.search(r"verdicts:\s+1\.1: \w", done.stdout)
+    assert ("made: pr create --head orchestrator/hello_world" in done.stdout) is has_gh
+    assert ("warning: no pull request was made" in done.stderr) is not has_gh
+
+
+@pytest.mark.contract
 def test_logs_follow_a_running_attempt_to_its_end(tmp_path: Path) -> None:
     program = Program(tmp_path).scenarios({"hello_world/1.1": {"attempts": [[
         {"bash": "echo one"}, {"sleep": 1.0}, {"write": "hello/hello.py",
@@ -438,66 +457,25 @@ def test_logs_follow_a_running_attempt_to_its_end(tmp_path: Path) -> None:
     run.communicate()
 
 
-class Screen:
-    """The program on a terminal of its own."""
-
-    def __init__(self, cwd: Path, *args: str | Path) -> None:
-        environ = {k: v for k, v in os.environ.items() if not k.startswith("ORCH")}
-        self._pid, self._fd = pty.fork()
-        if self._pid == 0:
-            os.chdir(cwd)
-            os.execve(sys.executable, [sys.executable, str(PROGRAM), *map(str, args)],
-                      environ | {"TERM": "xterm", "CLAUDE_CONFIG_DIR": str(cwd / ".c")})
-        self.text = ""
-
-    def until(self, words: str) -> None:
-        """Read until `words` are on the screen; 'the end': until the program ends."""
-        deadline = time.monotonic() + 30
-        while words not in self.text and time.monotonic() < deadline:
-            if select.select([self._fd], [], [], 0.1)[0]:
-                try:
-                    self.text += os.read(self._fd, 65536).decode("utf-8", "replace")
-                except OSError:          # EIO: the other end is closed
-                    break
-        assert words == "the end" or words in self.text, self.text
-
-    def type(self, line: str) -> None:
-        os.write(self._fd, line.encode())
-
-    def end(self) -> int:
-        self.until("the end")
-        _, status = os.waitpid(self._pid, 0)
-        os.close(self._fd)
-        return os.waitstatus_to_exitcode(status)
-
-
-@pytest.mark.contract
-def test_on_a_terminal_a_question_is_answered_by_letter(tmp_path: Path) -> None:
-    screen = Screen(tmp_path, "run", AMBIGUOUS, *LOCAL)
-    screen.until("later: ")
-    screen.type("b\n")
-    assert screen.end() == 0, screen.text
-
-
 @pytest.mark.contract
 @pytest.mark.parametrize("reply", ["\n", "n\n"], ids=["yes", "no"])
 def test_on_a_terminal_an_unfinished_run_is_asked_about(tmp_path: Path, reply: str,
                                                         ) -> None:
-    assert Program(tmp_path).run("run", AMBIGUOUS, *LOCAL).returncode == 3
-    screen = Screen(tmp_path, "run", AMBIGUOUS, *LOCAL)
-    screen.until("Resume from Task 1.1? [Y/n] ")
-    screen.type(reply)
-    screen.until("later: ")
-    screen.type("later\n")
-    assert screen.end() == ko.ExitCode.NEEDS_HUMAN
+    program = Program(tmp_path)
+    assert program.run("run", AMBIGUOUS, *LOCAL).returncode == 3
+    with Screen(program, "run", AMBIGUOUS, *LOCAL) as screen:
+        screen.reply("Resume from Task 1.1? [Y/n] ", reply)
+        screen.reply("later: ", "later\n")
+        assert screen.end() == ko.ExitCode.NEEDS_HUMAN
     assert ("the earlier run was moved to" in screen.text) is (reply == "n\n")
     assert len(list(tmp_path.glob("state/archive/*"))) == (reply == "n\n")
 
 
 @pytest.mark.contract
 def test_an_interrupted_prompt_ends_at_once_and_says_so(tmp_path: Path) -> None:
-    assert Program(tmp_path).run("run", AMBIGUOUS, *LOCAL).returncode == 3
-    screen = Screen(tmp_path, "run", AMBIGUOUS, *LOCAL)
-    screen.until("[Y/n] ")
-    screen.type("\x03")
-    assert screen.end() == ko.ExitCode.INTERRUPTED and "Traceback" not in screen.text
+    program = Program(tmp_path)
+    assert program.run("run", AMBIGUOUS, *LOCAL).returncode == 3
+    with Screen(program, "run", AMBIGUOUS, *LOCAL) as screen:
+        screen.reply("[Y/n] ", "\x03")
+        assert screen.end() == ko.ExitCode.INTERRUPTED
+    assert "Traceback" not in screen.text

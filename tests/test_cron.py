@@ -13,11 +13,13 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from boxes import agent_box
 from conftest import ROOT, TEST_PLANS, missing
 from program import LOCAL, PROGRAM, SCRIPTED, Program
 
@@ -86,6 +88,11 @@ def calls(person: Program) -> int:
     return len(person.calls())
 
 
+def is_hanging(home: Path) -> bool:
+    """The scripted agent is, and the next will not: it remembers that."""
+    return any((home / ".claude").rglob("times-*_0"))
+
+
 def needs(what: str, package: str) -> None:
     if not shutil.which(what, path="/usr/sbin:/usr/bin:/sbin:/bin"):
         missing(f"{what} is not installed (Debian: apt install {package})")
@@ -96,12 +103,16 @@ def needs(what: str, package: str) -> None:
 # ---- cron ----------------------------------------------------------------------------
 
 # A mount namespace of its own: this cron sees one crontab and no other, mails to a
-# file, and neither meets nor disturbs the machine's own.
+# file, and neither meets nor disturbs the machine's own. Docker's socket stays.
 CRON = """\
 set -e
+[ ! -S /run/docker.sock ] || {
+    touch run/docker.sock
+    mount --bind /run/docker.sock run/docker.sock
+}
 mount --bind crontabs /var/spool/cron/crontabs
 mount --bind empty /etc/cron.d
-mount --bind run /run
+mount --rbind run /run
 mount -t overlay overlay -o "lowerdir=$PWD/sbin:/usr/sbin" /usr/sbin
 for file in /etc/crontab /etc/environment /etc/default/locale; do
     [ ! -e "$file" ] || mount --bind /dev/null "$file"
@@ -127,12 +138,43 @@ def cron(folder: Path, crontab: str) -> Iterator[None]:
             daemon.terminate()
 
 
-def crontab(home: Path, starts: dict[int, str]) -> str:
+@dataclass(frozen=True)
+class Night:
+    """A home where cron works, and a person at a shell of the same home."""
+    home: Path
+    person: Program
+    variables: dict[str, str]                # the tests' own
+    is_at_work: Callable[[], bool]           # the agent, on the person's answer
+    running: Callable[[], Sequence[object]]
+
+    def calls(self) -> int:
+        """Of the agent, by what is left of each."""
+        return len([*self.home.glob("project/state/plan/*.ndjson")])
+
+
+@pytest.fixture(params=["local", pytest.param("docker", marks=pytest.mark.docker)])
+def night(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Night]:
+    """By the scripted agent, and by the real CLI in the Docker sandbox."""
+    if request.param == "local":
+        home, person = map(request.getfixturevalue, ("home", "person"))
+        yield Night(home, person, variables(home), lambda: is_hanging(home),
+                    person.alive)
+        return
+    request.getfixturevalue("docker_engine")
+    with agent_box(tmp_path / "project", "ktrdr-night") as box:
+        shutil.copy(AMBIGUOUS, tmp_path / "project/plan.md")
+        box.api.scenarios |= {"plan/1.1": ASKS, "plan/1.1/answer": ANSWERED}
+        given = box.program.environ.items() - os.environ.items()
+        yield Night(tmp_path, box.program, dict(given), box.api.hanging.is_set,
+                    box.running)
+
+
+def crontab(night: Night, starts: dict[int, str]) -> str:
     """The example for this home: a start of a plan so many seconds into each minute."""
-    text = (DEPLOY / "cron/crontab").read_text().replace("/home/me", str(home))
+    text = (DEPLOY / "cron/crontab").read_text().replace("/home/me", str(night.home))
     head, found, command = text.partition(f"\n{SCHEDULE}")
     assert found and "\n" not in command.strip()
-    given = {"HOME": str(home), **variables(home)}
+    given = {"HOME": str(night.home), **night.variables}
     return "\n".join([*(f"{k}={v}" for k, v in given.items()), head, *(
         f"* * * * * sleep {at_s}; {command.strip().replace('plan.md', plan)}"
         for at_s, plan in starts.items()), ""])
@@ -140,9 +182,10 @@ def crontab(home: Path, starts: dict[int, str]) -> str:
 
 @pytest.mark.slow
 def test_cron_begins_a_milestone_and_finishes_it_when_its_question_was_answered(
-    home: Path, person: Program,
+    night: Night,
 ) -> None:
     needs("cron", "cron")
+    home, person = night.home, night.person
     install(home / ".local/bin/ktrdr-orchestrator", f"""\
 [ -e {home}/environment ] || env >{home}/environment
 {sys.executable} {PROGRAM} "$@"
@@ -150,36 +193,38 @@ status=$?
 echo $status >>{home}/statuses
 exit $status""")
 
-    def statuses() -> list[int]:
+    def read(name: str) -> str:
         with contextlib.suppress(FileNotFoundError):
-            return [int(line) for line in (home / "statuses").read_text().split()]
-        return []
+            return (home / name).read_text()
+        return ""
+
+    def statuses() -> list[int]:
+        return [int(line) for line in read("statuses").split()]
 
     starts = {0: "plan.md", 8: "plan.md", 20: "plan.md", 22: "plan.md",
               42: "plan.md", 44: "gone.md"}
-    with cron(home / "cron", crontab(home, starts)):
+    with cron(home / "cron", crontab(night, starts)):
         wait_for(lambda: len(statuses()) == 2, timeout_s=90)
-        assert calls(person) == 1 and not person.alive()
+        assert night.calls() == 1 and not night.running()
         assert "Where to?" in person.run("status", "plan.md").stdout
         resumed = person.start("resume", "plan.md", "--answer", "a")
-        wait_for(lambda: calls(person) == 2)
+        wait_for(night.is_at_work)
         resumed.send_signal(signal.SIGINT)       # answered; the night may go on with it
         resumed.communicate(timeout=10)
         assert resumed.returncode == ko.ExitCode.INTERRUPTED
-        wait_for(lambda: len(statuses()) == len(starts), timeout_s=60)
+        wait_for(lambda: "gone.md" in read("cron/mail"), timeout_s=60)
     parked, running = ko.ExitCode.NEEDS_HUMAN, ko.ExitCode.LOCKED
     assert statuses() == [parked, parked, running, 0, 0, ko.ExitCode.USAGE]
-    assert calls(person) == 3 and not person.alive()
+    assert night.calls() == 3 and not night.running()
     assert person.state("plan")["completed_tasks"] == ["1.1"]
-    log = home / "night.log"
-    assert "is completed; --fresh" in log.read_text()
-    assert stat.S_IMODE(log.stat().st_mode) == 0o600
-    assert b"\x1b" not in log.read_bytes()
-    (mail,) = (home / "cron/mail").read_text().split("From: root (Cron Daemon)")[1:]
+    assert "is completed; --fresh" in read("night.log")
+    assert "\x1b" not in read("night.log")
+    assert stat.S_IMODE((home / "night.log").stat().st_mode) == 0o600
+    (mail,) = read("cron/mail").split("From: root (Cron Daemon)")[1:]
     assert "gone.md: No such file or directory" in mail and "To: me" in mail
-    given = (home / "environment").read_text()
+    given = read("environment")
     names = set(re.findall(r"^(\w+)=", given, re.MULTILINE))
-    assert names - variables(home).keys() <= {
+    assert names - night.variables.keys() <= {
         "HOME", "LOGNAME", "SHELL", "PATH", "LANG", "MAILTO", "PWD", "OLDPWD", "_"}
 
 
@@ -281,7 +326,7 @@ def test_systemd_parks_goes_on_stops_at_once_and_fails_only_when_it_failed(
     assert ended() == "3 success" and calls(person) == 1
 
     resumed = person.start("resume", "plan.md", "--answer", "a")
-    wait_for(lambda: calls(person) == 2)
+    wait_for(lambda: is_hanging(home))
     resumed.send_signal(signal.SIGINT)
     resumed.communicate(timeout=10)
     systemctl("start", unit)

@@ -67,17 +67,6 @@ def test_the_branch_is_fetched_into_the_host_repository(box: AgentBox) -> None:
     assert "Hello" in shown.stdout
 
 
-@pytest.mark.slow
-def test_a_question_is_answered_in_the_same_session(box: AgentBox) -> None:
-    plan = TEST_PLANS / "ambiguous_task.md"
-    assert box.program.run("run", plan, timeout_s=300).returncode == 3
-    done = box.program.run("resume", plan, "--answer", "b", timeout_s=300)
-    assert done.returncode == 0, done.stderr
-    task = box.program.state("ambiguous_task")["task_results"]["1.1"]
-    first, second = task["attempts"]
-    assert first["session_id"] == second["session_id"]
-
-
 def test_a_killed_run_takes_its_agent_in_the_sandbox_along(
     box: AgentBox, tmp_path: Path,
 ) -> None:

@@ -111,7 +111,7 @@ def unharmed(box: DockerBox) -> Iterator[None]:
     """The same container works afterwards."""
     before = box.container
     yield
-    box.sandbox.sweep()
+    assert box.sandbox.sweep() is None
     assert box.container == before
     assert box.sandbox.sh("cat README.md").output == "# A project"
     assert box.running() == []
@@ -211,7 +211,7 @@ def test_a_full_memory_file_system_stops_nothing(box: DockerBox, folder: str) ->
     box.sandbox.sh("echo x >x")
     assert box.sandbox.checkpoint(branch, base, ref="refs/orchestrator/x/z",
                                   message="Full") != base
-    box.sandbox.sweep()
+    assert box.sandbox.sweep() is None
     box.inside(f"rm {folder}/fill")
 
 
@@ -244,7 +244,7 @@ def test_what_fills_the_process_table_or_fights_the_sweep_is_held_and_ended(
     alive = [line for line in box.running() if mark in line]
     assert 0 < len(alive) <= int(LIMITS["SANDBOX_PIDS"])
     begun = time.monotonic()
-    box.sandbox.sweep()
+    assert box.sandbox.sweep() is None
     assert time.monotonic() - begun < 10
     assert box.running() == []
     assert box.sandbox.sh("cat README.md").output == "# A project"

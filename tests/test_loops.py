@@ -23,7 +23,7 @@ def record(*statuses: str, started: int | None = None, evidence: str = "boom",
 
 
 def reason(of: ko.TaskRecord) -> str:
-    return ko.detect_loop(of, max_attempts=3, same_from=0.8)
+    return ko.detect_loop(of, ko.Config())
 
 
 @pytest.mark.parametrize("statuses", [(), ("failed",), ("failed", "failed"),
@@ -75,9 +75,9 @@ def test_a_huge_error_costs_little(text: str) -> None:
 
 
 def test_outages_are_retried_after_each_delay_then_given_up() -> None:
-    outage, delays = ko.Outage(ko.OutageKind.RETRY, "overloaded"), (30, 60, 120)
-    waits = [ko.retry_delay_s(outage, n, now=0, delays_s=delays, limit_wait_s=9)
-             for n in range(1, 5)]
+    outage = ko.Outage(ko.OutageKind.RETRY, "overloaded")
+    config = ko.Config(outage_delays_s=(30, 60, 120), limit_wait_s=9)
+    waits = [ko.retry_delay_s(outage, n, 0, config) for n in range(1, 5)]
     assert waits == [30, 60, 120, None]
 
 
@@ -87,10 +87,9 @@ def test_a_usage_limit_is_waited_for_until_its_reset_and_a_margin(
     resets_at: float, wait_s: float | None,
 ) -> None:
     limit = ko.Outage(ko.OutageKind.LIMIT, "limit", resets_at)
-    delay_s = ko.retry_delay_s(limit, 1, now=1000, delays_s=(30,), limit_wait_s=3600)
-    assert delay_s == wait_s
+    assert ko.retry_delay_s(limit, 1, 1000, ko.Config(limit_wait_s=3600)) == wait_s
 
 
 def test_a_limit_without_a_reset_time_is_retried_like_an_outage() -> None:
     limit = ko.Outage(ko.OutageKind.LIMIT, "limit")
-    assert ko.retry_delay_s(limit, 1, now=0, delays_s=(30,), limit_wait_s=9) == 30
+    assert ko.retry_delay_s(limit, 1, 0, ko.Config(limit_wait_s=9)) == 30

@@ -75,36 +75,6 @@ def test_fresh_archives_what_was_there_and_starts_over(program: Program) -> None
     assert len(archived) == 1
 
 
-def test_a_doomed_task_stops_after_three_attempts_and_stays_failed(
-    program: Program,
-) -> None:
-    plan = TEST_PLANS / "doomed_to_fail.md"
-    assert program.run("run", plan, *LOCAL).returncode == 1
-    assert len(program.calls()) == 3
-    for command in ("run", "resume"):
-        again = program.run(command, plan, *LOCAL)
-        assert again.returncode == 1 and "--guidance" in again.stderr
-    assert len(program.calls()) == 3
-    refs = program.git("doomed_to_fail", "for-each-ref", "--format=%(refname)")
-    assert refs.count("/rejected/") == 3
-    assert program.git("doomed_to_fail", "status", "--porcelain") == ""
-
-
-def test_a_question_is_parked_without_a_terminal_and_answered_later(
-    program: Program,
-) -> None:
-    plan = TEST_PLANS / "ambiguous_task.md"
-    parked = program.run("run", plan, *LOCAL)
-    assert parked.returncode == 3 and "recommended:" in parked.stdout
-    assert program.run("run", plan, *LOCAL).returncode == 3
-    assert len(program.calls()) == 1
-    shown = json.loads(program.run("status", plan, "--json").stdout)
-    assert shown["status"] == "needs_human" and shown["tasks"][0]["question"]["options"]
-    answered = program.run("resume", plan, *LOCAL, "--answer", "b")
-    assert answered.returncode == 0, answered.stderr
-    assert "--resume" in program.calls()[1]["argv"]
-
-
 def test_a_failing_gate_outranks_the_agents_word(program: Program) -> None:
     program.scenarios({"hello_world/1.1": {"attempts": [
         [{"report": {"status": "completed", "summary": "believe me"}}], DONE]}})
@@ -220,6 +190,18 @@ def test_a_parked_question_does_not_keep_another_task_from_being_run(
     again = program.run("run", plan, *LOCAL)
     assert again.returncode == 3 and "task 1.1 asks: Which?" in again.stderr
     assert program.state("two")["completed_tasks"] == ["1.2"]
+
+
+def test_a_question_further_down_does_not_keep_what_comes_first_from_being_done(
+    program: Program,
+) -> None:
+    plan = program.cwd / "two.md"
+    plan.write_text("# Two\n\n## Task 1.1: One\n\nOne.\n\n## Task 1.2: Two\n\nTwo.\n")
+    program.scenarios({"two/1.1": {"attempts": [DONE]}, "two/1.2": {"attempts": [[
+        {"report": {"status": "needs_human", "summary": "?", "question": "Which?"}}]]}})
+    assert program.run("task", plan, "1.2", *LOCAL).returncode == 3
+    assert program.run("run", plan, *LOCAL).returncode == 3
+    assert program.state("two")["completed_tasks"] == ["1.1"]
 
 
 @pytest.mark.parametrize(("number", "status"), [

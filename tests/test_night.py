@@ -76,7 +76,7 @@ def test_a_night_with_a_limit_an_outage_a_crash_and_a_question() -> None:
     assert night.start("7:30", "ktrdr-orchestrator resume plan.md --answer a",
                        answer="CSV") is ko.ExitCode.OK
     assert [night.record(i).started for i in TITLES] == [1, 1, 1, 2, 2]
-    assert night.clock.slept.count(91 * 60.0) == 1          # the limit's reset
+    assert night.clock.slept.count(60.0) == 91 + 1          # the limit, an outage
     assert not night.agent.outcomes and night.state().wait is None
     text = (ROOT / "docs/night.md").read_text(encoding="utf-8")
     shown = re.findall(r"```\n(.+?)```", text, re.DOTALL)

@@ -162,7 +162,11 @@ def test_what_only_mentions_a_task_is_none(heading: str) -> None:
     ("## Task 1.1: a\n\n## Task 1.2 Add b", "5: not a task", "## Task 1.2: Add b"),
     ("## Task 1.1: a\n\n```\n## Task 1.2: b", "5: this never ends: ```", "close it"),
     ("## Task 1.1: a\n\n<!-- b\n## Task 1.2: b", "5: this never ends: <!--", "close"),
+    ("## Task 1.1: a\n\n```\nopen", "5: this never ends: ```", "close it"),
+    ("## Task 1.1: a\n\n<!-- open", "5: this never ends: <!--", "close it"),
     ("## Task 1.1: a\n**Timeout:** soon", "3: bad **Timeout:**", "90s"),
+    ("## Task 1.1: a\n**Timeout:**", "3: bad **Timeout:**", "90s"),
+    ("## Task 1.1: a\n**Timeout:** 500ms", "3: bad **Timeout:**", "90s"),
     ("- [ ] T001 Add a thing\n- [ ] T002 More", "3: no task heading; the nearest miss: "
      "- [ ] T001 Add a thing", "## Task 1.1: Title"),
     ("## Notes\n### 0.1 Add a thing", "4: no task heading; the nearest miss: ###", ""),
@@ -179,14 +183,12 @@ def test_errors_name_the_line_and_what_to_write(
 
 @pytest.mark.parametrize(("body", "message"), [
     ("## Task 1.1: a\n\n#### Task 1.2 context", "5: not a task heading: Task 1.2"),
-    ("## Task 1.1: a\n\n**Task 5.1**: b", "5: not a task heading: Task 5.1"),
+    ("## Task 1.1: a\n\n**Task 5.1**: b", "5: not a task heading: **Task 5.1**"),
     ("## Task 1.1: a\n\n### Setup (Task 5.1)", "5: not a task heading: Setup"),
-    ("## Task 1.1: a ✅\n## Task 1.2: b (done)", "1: every task is marked"),
+    ("## Task 1.1: a ✅", "3: 1.1 is marked, but marks do not count"),
     ("## Task 1.1: a\n## Task 1.2: b", "1: no acceptance criteria: 1.1, 1.2"),
     ("## Task 1.1: a\n**Verify:** it looks good", "3: Verify: no command"),
     ("## Task 1.1: a\n**Verify:**\n```python\n1\n```", "3: Verify: no command"),
-    ("## Task 1.1: a\n\n```\nopen", "5: this never ends: ```"),
-    ("## Task 1.1: a\n\n<!-- open", "5: this never ends: <!--"),
 ])
 def test_oddities_are_warnings(body: str, message: str) -> None:
     plan = parse(f"# Plan\n\n{body}\n")
@@ -236,21 +238,21 @@ def test_a_forgotten_closing_fence_falls_back_to_commonmark() -> None:
     assert not plan.errors and "read in two ways" in messages(plan.warnings)
 
 
-@pytest.mark.parametrize(("heading", "mark"), [
-    ("Task 1.1: a", ""), ("Task 1.1: a ✅", "done"), ("[x] Task 1.1: a", "done"),
-    ("Task 1.1: a — DONE", "done"), ("Task 1.1: a (completed)", "done"),
-    ("~~Task 1.1: a~~", "skipped"), ("Task 1.1: a (DEFERRED)", "skipped"),
-    ("Task 1.1: a [SKIP]", "skipped"), ("[ ] Task 1.1: a", ""),
-    ("Task 1.1: Complete rewrite (complete rewrite)", ""),
-    ("Task 1.1: a ✅ (IN PROGRESS)", ""), ("Task 1.1: Mark orders done", ""),
+@pytest.mark.parametrize(("heading", "is_marked"), [
+    ("Task 1.1: a", False), ("Task 1.1: a ✅", True), ("[x] Task 1.1: a", True),
+    ("Task 1.1: a — DONE", True), ("Task 1.1: a (completed)", True),
+    ("~~Task 1.1: a~~", True), ("Task 1.1: a (DEFERRED)", True),
+    ("Task 1.1: a [SKIP]", True), ("[ ] Task 1.1: a", False),
+    ("Task 1.1: Complete rewrite (complete rewrite)", False),
+    ("Task 1.1: a ✅ (IN PROGRESS)", False), ("Task 1.1: Mark orders done", False),
 ])
-def test_marks_are_read_from_the_heading(heading: str, mark: str) -> None:
-    assert parse(with_tasks(f"## {heading}")).tasks[0].mark == mark
+def test_marks_are_read_from_the_heading(heading: str, is_marked: bool) -> None:
+    assert parse(with_tasks(f"## {heading}")).tasks[0].is_marked is is_marked
 
 
 @pytest.mark.parametrize(("body", "criteria"), [
     ("**Acceptance Criteria:**\n* a\n\n* b\n\n**Notes:**\n- c", ("a", "b")),
-    ("**Acceptance Criteria:** all of\n\nthese:\n- a\n  - a2\n- b\n\nNote\n- c",
+    ("**Acceptance Criteria:** all of\n\n- a\n  - a2\n- b\n\nNote\n- c",
      ("a - a2", "b")),
     ("**Success Criteria:**\n- a\n\n**Acceptance Criteria:**\n- b", ("a", "b")),
     ("#### Acceptance Criteria\n- [x] a\n---\n#### Notes\n- b", ("a",)),
@@ -268,10 +270,13 @@ def test_criteria_are_the_items_under_their_label(
 @pytest.mark.parametrize(("body", "gates"), [
     ("**Verify:** `a b`", ("a b",)),
     ("**Verify**: `a`; `b` and then read `c`", ("a", "b")),
+    ("**Verify:** `a` and  `b`, then `c`; see `d`", ("a", "b", "c")),
+    ("**Verify:**\n- `a`\n```\nout\n```\n---\n- `b`", ("a", "b")),
     ("- **Verify:** ``echo `date` `` shows the date", ("echo `date`",)),
     ("**Verify:**\n- `a`\n- `b` (slow)\n\nThen `c` is used.", ("a", "b")),
     ("**Verify:**\n\n  ```sh\n  a \\\n    b\n  c\n  ```", ("a \\\n  b\nc",)),
     ("**Verify:** run `a`", ()),
+    ("**Verify:**\n```sh\n\n  \n```", ()),
     ("**Verify:** `a` prints\n```\n{}\n```", ("a",)),
     ("**Verify:** see below\n\nFirst of all\n- `a`", ()),
 ])
@@ -280,7 +285,7 @@ def test_gates_are_commands_in_code(body: str, gates: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(("value", "seconds"), [
-    ("600", 600), ("90s", 90), ("15m", 900), ("15 minutes", 900), ("2h", 7200),
+    ("600", 600), ("90s", 90), ("15m", 900), ("`2h`", 7200),
 ])
 def test_a_timeout_has_a_unit(value: str, seconds: float) -> None:
     task = parse(f"## Task 1.1: a\n**Timeout:** {value}\n").tasks[0]
@@ -345,7 +350,7 @@ def test_the_report_has_the_documented_shape() -> None:
     assert set(report) == {"milestone", "title", "branch", "tasks", "e2e", "warnings",
                            "errors"}
     assert set(report["tasks"][0]) == {"id", "title", "line", "end_line", "type",
-                                       "files", "criteria", "gates", "mark"}
+                                       "files", "criteria", "gates", "marked"}
     assert set(report["e2e"]) == {"heading", "line", "end_line", "text", "gates"}
     broken = ko.plan_report(parse("**Task 5.1**: x\n"))
     assert broken["e2e"] is None
@@ -383,7 +388,7 @@ def test_no_text_makes_it_raise_and_lines_are_in_order(text: str) -> None:
 @given(TEXTS)
 def test_line_ends_make_no_difference(text: str) -> None:
     unix = text.replace("\r\n", "\n").replace("\r", "\n")
-    assert parse(unix.replace("\n", "\r\n")) == parse(unix) == parse(f"\ufeff{unix}")
+    assert parse(unix.replace("\n", "\r\n")) == parse(unix)
 
 
 WORDS = st.text("abcxyz", min_size=1, max_size=8).filter(lambda word: word != "x")
@@ -417,6 +422,7 @@ def test_hostile_and_huge_input_takes_linear_time() -> None:
     texts += [f"## Task 1.1: x\n{line}\n" * (size // 20) for line in lines]
     texts.append(FULL.replace("---\n", "\n") * (10_000_000 // len(FULL)))
     texts.append("---\n" + "milestone: x # y\n" * (size // 20))
+    texts.append(f"## Task 1.1: x\n**Verify:**\n```{' ' * size}x\n```\n")
     for text in texts:
         start = time.process_time()
         parse(text)

@@ -43,13 +43,13 @@ def test_guidance_and_an_earlier_answer_are_passed_on() -> None:
 
 
 def test_the_answer_and_the_scenario_name_their_milestone_in_the_first_line() -> None:
-    answer = ko.answer_prompt(PLAN, "1.2", "Add the command", "SQLite")
-    assert answer.startswith("Answer for task 1.2 of milestone m1: Add the command")
+    answer = ko.resumed_prompt(prompt().splitlines()[0], "SQLite")
+    assert answer.startswith("Answer: Task 1.2 of milestone m1: Add the command")
     assert "SQLite" in answer
     scenario = ko.Task(ko.E2E_ID, "E2E Test", 1, 2, "## E2E Test\n\nRun it.")
-    assert ko.e2e_prompt(PLAN, scenario, 1).startswith(
+    assert ko.e2e_prompt(PLAN, scenario, 1, "").startswith(
         "E2E scenario of milestone m1 (run 1)")
-    assert "Run it." in ko.e2e_prompt(PLAN, scenario, 1)
+    assert "Run it." in ko.e2e_prompt(PLAN, scenario, 1, "")
 
 
 def test_the_schemas_are_json_and_know_every_status() -> None:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.contract
 
 STAND_IN = str(TEST_PLANS / "scripted_claude.py")
 TASK = "Task 1.1 of milestone contract: Do it (attempt 1 of 3)"
-ANSWER = "Answer for task 1.1 of milestone contract: the second"
+ANSWER = "Answer: Task 1.1 of milestone contract: the second"
 FLAGS = ("-p", "--output-format", "stream-json", "--verbose")
 PERMISSIONS = ("--permission-mode", "acceptEdits",
                "--allowedTools", "Bash,Read,Write,Edit,Glob,Grep")

@@ -83,8 +83,9 @@ def test_a_torn_state_is_an_error_never_a_shorter_one(tmp_path: Path, cut: int) 
 def test_a_newer_state_is_refused_with_both_versions_named(tmp_path: Path) -> None:
     store(tmp_path).save(STATE)
     path = tmp_path / "m1_state.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 99'))
-    with pytest.raises(ko.StateError, match="99.*1"):
+    ours = ko.STATE_VERSION
+    path.write_text(path.read_text().replace(f'"version": {ours}', '"version": 99'))
+    with pytest.raises(ko.StateError, match=f"99.*{ours}"):
         store(tmp_path).load()
 
 

@@ -26,7 +26,6 @@ from fakes import (
     overloaded,
     plan,
     reported,
-    scenario,
     session_gone,
     task,
     terminated,
@@ -82,10 +81,10 @@ def test_completed_is_the_last_thing_saved_of_a_task() -> None:
     world = World(plan(), completed())
     world.run()
     assert isinstance(world.store, MemoryStore)
-    told = [(r.status, r.started, len(r.attempts), r.checkpoint) for r in (
-        state.record("1.1") for state in world.store.saved) if r.started]
-    assert told == [(Status.RUNNING, 1, 0, ""), (Status.RUNNING, 1, 1, ""),
-                    (Status.COMPLETED, 1, 1, "c1")]
+    told = dict.fromkeys((r.status, r.started, len(r.attempts), r.checkpoint) for r in (
+        state.record("1.1") for state in world.store.saved) if r.started)
+    assert [*told] == [(Status.RUNNING, 1, 0, ""), (Status.RUNNING, 1, 1, ""),
+                       (Status.COMPLETED, 1, 1, "c1")]
 
 
 def test_a_verdict_that_was_saved_is_not_asked_for_again() -> None:
@@ -194,11 +193,14 @@ def test_no_transcript_is_written_over(tmp_path: Path) -> None:
 
 # Outages.
 
-def test_an_outage_is_waited_out_and_the_next_try_starts_from_the_checkpoint() -> None:
+def test_an_outage_is_waited_out_and_the_session_goes_on_with_its_work() -> None:
     world = World(plan(), overloaded(), overloaded(), completed())
     record = world.run().record("1.1")
     assert (record.started, world.clock.slept) == (1, [30, 60])
-    assert world.sandbox.commits["c1"] == {"work 3"}
+    assert [call.session_id for call in world.agent.calls] == ["", "s-1", "s-1"]
+    first, *others = (call.prompt.splitlines() for call in world.agent.calls)
+    assert all(lines[0] == first[0] and "Go on" in lines[-1] for lines in others)
+    assert world.sandbox.commits["c1"] == {"work 1", "work 2", "work 3"}
     assert [e["status"] for e in world.ledger.lines] == ["outage"] * 2 + ["completed"]
 
 
@@ -333,9 +335,11 @@ def test_a_reset_of_the_sandbox_takes_no_answer_to_work_that_is_gone() -> None:
     assert world.sandbox.work == {"work 1", "work 3"}
 
 
-@pytest.mark.parametrize("end", [overloaded(), ctrl_c()], ids=["outage", "ctrl-c"])
+@pytest.mark.parametrize(("end", "work"), [
+    (overloaded(), {"work 2", "work 3"}), (ctrl_c(), {"work 3"})],
+    ids=["outage", "ctrl-c"])
 def test_work_that_a_reset_took_is_not_found_again_in_a_later_attempt(
-    end: Outcome,
+    end: Outcome, work: set[str],
 ) -> None:
     world = World(plan(task(gates=("check",))), completed(), end, completed())
     assert isinstance(world.store, MemoryStore)
@@ -349,7 +353,7 @@ def test_work_that_a_reset_took_is_not_found_again_in_a_later_attempt(
         world.run()
     world.run()
     assert world.sandbox.calls.count("gate check") == 1
-    assert world.sandbox.work == {"work 3"}
+    assert world.sandbox.work == work
 
 
 def test_another_task_in_between_takes_no_answer_to_work_that_is_gone() -> None:
@@ -423,55 +427,6 @@ def test_a_failed_task_that_is_tried_again_keeps_what_was_completed_since() -> N
     world.config = ko.Config(max_attempts=2)
     world.run()
     assert world.sandbox.work == {"work 2", "work 3"}
-
-
-# E2E.
-
-def test_a_scenario_leaves_no_trace_in_the_workspace() -> None:
-    world = World(plan(e2e=scenario()), completed(), PASSED)
-    assert ko.exit_code(world.plan, world.run()) is ko.ExitCode.OK
-    assert world.sandbox.work == {"work 1"}
-
-
-def test_a_killed_scenario_is_counted_and_starts_clean() -> None:
-    world = World(plan(e2e=scenario()), completed(), Crash(), BROKEN)
-    with pytest.raises(Crash):
-        world.run()
-    world.agent.before = lambda _: world.sandbox.dirty and pytest.fail("not clean")
-    record = world.run().record("e2e")
-    assert (record.status, record.started) == (Status.FAILED, 2)
-
-
-def test_a_gate_decides_the_scenario_before_anybody_is_asked() -> None:
-    world = World(plan(e2e=scenario(gates=("check",))), completed(),
-                  sandbox=FakeSandbox(check=[1]))
-    record = world.run().record("e2e")
-    assert record.status is Status.FAILED and "gate says no" in record.reason
-    assert len(world.agent.calls) == 1
-
-
-def test_the_scenario_is_under_the_money_limit_too() -> None:
-    world = World(plan(e2e=scenario()), completed(), config=ko.Config(max_cost_usd=0.2))
-    assert "money limit" in world.run().record("e2e").reason
-
-
-@pytest.mark.parametrize(("answer", "status"), [
-    (ko.PASSED_BY_HAND, Status.COMPLETED), ("it is broken", Status.FAILED)])
-def test_an_unclear_scenario_is_decided_by_a_person(
-    answer: str, status: ko.TaskStatus,
-) -> None:
-    world = World(plan(e2e=scenario()), completed(), UNCLEAR)
-    assert ko.exit_code(world.plan, world.run()) is ko.ExitCode.NEEDS_HUMAN
-    assert world.run(answer=answer).record("e2e").status is status
-
-
-def test_a_task_that_is_done_again_has_the_scenario_run_again() -> None:
-    one = task("1.1")
-    world = World(plan(one, e2e=scenario()), completed(), PASSED, completed(), PASSED)
-    world.run()
-    world.run_one(one)
-    assert ko.exit_code(world.plan, world.run()) is ko.ExitCode.OK
-    assert len(world.agent.calls) == 4
 
 
 # Anything, in any order, with the program killed at any save.

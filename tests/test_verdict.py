@@ -158,7 +158,7 @@ def test_a_call_that_we_cut_short_says_how(ended: ko.Ended) -> None:
     (dataclasses.replace(DIED, bad_lines=1), "no_result", "no result, exit status 1"),
     (dataclasses.replace(DIED, stderr_tail="No conversation found with ID 1"),
      "missing_session", "No conversation found with ID 1"),
-    (broke(terminal_reason="", errors=("TypeError",)), "execution_error", "TypeError"),
+    (broke(terminal_reason="", text="TypeError"), "execution_error", "TypeError"),
 ])
 def test_a_call_that_broke_names_the_rule_and_gives_evidence(
         result: ko.AgentResult, rule: str, evidence: str) -> None:
@@ -313,13 +313,19 @@ def heard(**result: Any) -> ko.AgentResult:
     decoder = ko.StreamDecoder()
     event = {"type": "result", "subtype": "success", "is_error": False, **result}
     decoder.feed(f"{json.dumps(ASKED)}\n{json.dumps(event)}\n".encode())
-    return decoder.finish("")
+    return decoder.finish()
 
 
 def test_a_question_that_the_cli_refused_to_ask_is_asked_by_us() -> None:
     verdict = ko.judge(heard(result="I could not ask. I am done for now."))
     assert (verdict.status, verdict.rule) == (ko.VerdictStatus.NEEDS_HUMAN, "asked")
     assert verdict.question == ko.Question("Which database?", ("SQLite", "Postgres"))
+
+
+def test_a_question_outranks_a_scenario_without_a_clear_word() -> None:
+    verdict = ko.judge_e2e(heard(result="I could not ask."))
+    assert (verdict.status, verdict.rule) == (ko.VerdictStatus.NEEDS_HUMAN, "asked")
+    assert verdict.question and verdict.question.options == ("SQLite", "Postgres")
 
 
 def test_a_report_outranks_a_question_that_was_not_asked() -> None:
@@ -336,5 +342,5 @@ def test_a_malformed_question_is_survived(questions: object) -> None:
     event = {"type": "assistant", "message": {"content": [call]}}
     decoder.feed(json.dumps(event).encode() + b"\n")
     decoder.feed(b'{"type": "result", "result": "All done.", "is_error": false}\n')
-    assert ko.judge(decoder.finish("")).question is None or questions == [
+    assert ko.judge(decoder.finish()).question is None or questions == [
         {"question": 3}]
