@@ -126,7 +126,7 @@ def place(request: pytest.FixtureRequest, repository: Path) -> Place:
 
 
 HERE = pytest.param("local", marks=pytest.mark.contract)
-THERE = pytest.param("docker", marks=pytest.mark.docker)
+THERE = pytest.param("docker", marks=[pytest.mark.docker, pytest.mark.slow])
 here = pytest.mark.parametrize("place", [HERE], indirect=True)
 everywhere = pytest.mark.parametrize("place", [HERE, THERE], indirect=True)
 

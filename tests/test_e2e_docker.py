@@ -11,7 +11,7 @@ from conftest import ROOT, TEST_PLANS, missing
 from program import Screen
 from test_e2e_program import Hub, git, was_pushed
 
-pytestmark = pytest.mark.docker
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
 GREETER = TEST_PLANS / "e2e_will_pass.md"
 CONVERTER = TEST_PLANS / "e2e_will_fail_fixable.md"
 TASKS = ["One", "Task 1.1", "Task 1.2"]
@@ -57,7 +57,6 @@ def test_a_milestone_that_fails_is_fixed_and_proved_unattended(box: AgentBox) ->
     assert box.inside("python3 -B -m converter 38.5") == "101.3"
 
 
-@pytest.mark.slow
 def test_at_a_terminal_the_fix_is_applied_when_a_person_agrees(box: AgentBox) -> None:
     with Screen(box.program, "run", CONVERTER, "--fresh") as screen:
         screen.until("Apply fix? [Y/n] ", timeout_s=300)
@@ -67,7 +66,6 @@ def test_at_a_terminal_the_fix_is_applied_when_a_person_agrees(box: AgentBox) ->
     is_done(box, CONVERTER, "Task e2e-fix-1")
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_in_the_fix_session_goes_on_with_its_counts(
     box: AgentBox,
 ) -> None:
@@ -82,7 +80,6 @@ def test_a_run_that_is_killed_in_the_fix_session_goes_on_with_its_counts(
     assert state["task_attempt_counts"]["e2e"] == 3
 
 
-@pytest.mark.slow
 def test_the_orchestrator_improves_itself(docker_engine: str, tmp_path: Path) -> None:
     """On a clone of this repository; its gates run what came of it in the sandbox."""
     ours, plan = tmp_path / "ours", TEST_PLANS / "orchestrator_enhancements.md"

@@ -191,6 +191,7 @@ def test_who_leaves_the_terminal_finds_the_question_parked_and_can_guide_the_fix
     was_fixed(program)
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_the_offer_of_a_fix_leaves_it_for_the_next_start(program: Program,
                                                                    ) -> None:
     with Screen(program, "run", CONVERTER, *LOCAL) as screen:
@@ -210,6 +211,7 @@ def test_what_a_session_that_judges_changes_is_taken_back(program: Program) -> N
     is_as_it_should_be(program, "m")
 
 
+@pytest.mark.slow
 def test_the_scenario_alone_is_run_again_by_its_name(program: Program) -> None:
     program.run("run", GREETER, *LOCAL)
     again = program.run("task", GREETER, "e2e", *LOCAL)
@@ -235,6 +237,7 @@ STAGES = (
 )
 
 
+@pytest.mark.slow
 def test_killed_at_every_stage_one_after_the_other_it_ends_the_same(
     program: Program,
 ) -> None:
@@ -263,6 +266,7 @@ def test_a_fix_that_was_killed_is_settled_before_the_next_is_asked_about(
         "e2e-fix-1", "e2e-fix-2"]
 
 
+@pytest.mark.slow
 def test_a_scenario_that_is_killed_again_and_again_is_given_up(program: Program,
                                                                ) -> None:
     for _ in range(3):
