@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Run a milestone plan, task by task, with Claude Code inside a sandbox.
 
-Work: run, resume, task. Look: check, explain, status, history, costs, logs. Bring it
-home: fetch. The docker sandbox: sandbox init|up|reset|shell|claude|status|down.
+Work: run, resume, task. Look: check, explain, status, history, costs, logs, report.
+Bring it home: fetch. The sandbox: sandbox init|up|reset|shell|claude|status|down.
 For example: ktrdr-orchestrator run plan.md --max-cost-usd 20
 
 What it promises, and tests/ proves
@@ -22,22 +22,21 @@ Settings: flag > environment ORCHESTRATOR_* > orchestrator.ini > default (Config
 Exit status: 0 done, 1 failed, 2 usage, plan, settings or state, 3 a person is needed,
     4 already running, 5 sandbox unusable, 70 bug, 75 try later, 130, 143 interrupted
 
-How to read this file: top to bottom. A section uses only names from sections above;
-its banner says what it may touch: [vocabulary] words; [pure] decisions, no I/O, clock
-or environment; [shell] adapters, one outside thing each; [flow] order of work, through
-adapters handed in; [cli] arguments, wiring.
+How to read this file: top to bottom. A section uses only names above it; its banner
+says what it may touch: [vocabulary] words; [pure] no I/O, clock or environment; [shell]
+one outside thing an adapter; [flow] adapters handed in; [cli] arguments, wiring.
 """
 from __future__ import annotations
 
 import argparse
 import configparser
 import contextlib
-import dataclasses
 import difflib
 import enum
 import fcntl
 import functools
 import hashlib
+import html
 import io
 import itertools
 import json
@@ -55,15 +54,14 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+# ==== 1. Constants, exit codes, errors ========================= [vocabulary]
 __version__ = "0.1.0"
 PROGRAM = "ktrdr-orchestrator"
-
-# ==== 1. Constants, exit codes, errors ========================= [vocabulary]
 STATE_VERSION = 2                # raised on every incompatible change of the state file
 KILL_GRACE_S = 3.0               # SIGINT -> SIGKILL; the CLI answers SIGINT in 0.35 s
 RESULT_GRACE_S = 10.0            # `result` event -> end; seen to hang for over 60 s
@@ -145,7 +143,7 @@ def _setting(default: Any, help: str, choices: str = "", *, lo: float = 0,
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Every setting, resolved. One field is one flag, variable and ini key."""
-    state_dir: Path = _setting(Path("state"), "where state, ledger, transcripts live")
+    state_dir: str = _setting("state", "where state, ledger, transcripts live")
     sandbox: str = _setting("docker", "where to work", "docker|local")
     compose_files: str = _setting("sandbox/docker-compose.yml", "separated by ':'")
     repo: str = _setting(".", "repository to work on: a folder, or a URL (docker)")
@@ -175,52 +173,49 @@ class Config:
     notify_url: str = _setting("", "where news go as a JSON post (Slack, Discord, ...)")
     limit_wait_s: float = _setting(21600.0, "longest wait for a usage limit to reset")
 
-SETTINGS = dataclasses.fields(Config)
+SETTINGS = {f.name.removesuffix("_s"): f for f in fields(Config)}    # without the unit
+def setting_flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
 
-def setting_key(name: str) -> str:
-    return name.removesuffix("_s")       # people write no unit
-def setting_flag(name: str) -> str:
-    return "--" + setting_key(name).replace("_", "-")
-
-def setting_value(setting: dataclasses.Field[Any], text: str, source: str) -> Any:
+def setting_value(key: str, text: str, source: str) -> Any:
     """What a person wrote, in the type of the default. Raises UsageError."""
-    kind: Any = type(setting.default)
-    _, help, choices, lo, hi = setting.metadata.values()
+    kind: Any = type(SETTINGS[key].default)
+    _, help, choices, lo, hi = SETTINGS[key].metadata.values()
     with contextlib.suppress(ValueError):
+        if key == "claude":
+            shlex.split(text)        # are its quotes closed?
         value: Any = (tuple(map(float, re.split(r"[,\s/]+", text.strip())))
                       if kind is tuple else kind(text))
-        numbers = value if kind is tuple else (value,) if kind in (int, float) else ()
+        numbers = {tuple: value, str: ()}.get(kind, (value,))
         if all(lo <= n <= hi for n in numbers) and (
                 not choices or value in choices.split("|")):
             return value
     number = f"a {'whole ' * (kind is int)}number in {lo:g}..{hi:g}"
-    raise UsageError(f"{source}: {text!r} is not {choices or number}",
-                     hint=f"{setting_flag(setting.name)} takes {help}")
+    wanted = choices or (number if kind is not str else "quoted as in a shell")
+    raise UsageError(f"{source}: {text!r} is not {wanted}",
+                     hint=f"{setting_flag(key)} takes {help}")
 
-def resolve_config(flags: Mapping[str, str | None], environ: Mapping[str, str],
-                   file: Mapping[str, str], *, file_name: str = "orchestrator.ini",
-                   ) -> tuple[Config, dict[str, str]]:
+def resolve_config(flags: Mapping[str, Any], environ: Mapping[str, str],
+                   file: Mapping[str, str], ini: str) -> tuple[Config, dict[str, str]]:
     """Flag > environment > file > default, and each source. May raise UsageError."""
-    ours, keys = "ORCHESTRATOR_", {setting_key(s.name): s for s in SETTINGS}
-    written = [(f"{file_name} {key}", key, text) for key, text in file.items()]
+    ours = "ORCHESTRATOR_"
+    written = [(f"{ini} {key}", key, text) for key, text in file.items()]
     written += [(f"environment {name}", name.removeprefix(ours).swapcase(), text)
                 for name, text in environ.items() if name.startswith(ours)]
-    written += [(setting_flag(name), setting_key(name), text)
-                for name, text in flags.items() if text is not None]
-    values, sources = dict[str, Any](), {s.name: "default" for s in SETTINGS}
+    written += [(setting_flag(key), key, flags[key]) for key in SETTINGS
+                if flags.get(key) is not None]
+    values, sources = dict[str, Any](), {f.name: "default" for f in fields(Config)}
     for source, key, text in written:        # the last word wins
-        if key not in keys:
-            raise UsageError(f"{source}: unknown setting", hint=", ".join(keys))
-        name = keys[key].name
-        values[name], sources[name] = setting_value(keys[key], text, source), source
+        if key not in SETTINGS:
+            raise UsageError(f"{source}: unknown setting", hint=", ".join(SETTINGS))
+        name = SETTINGS[key].name
+        values[name], sources[name] = setting_value(key, text, source), source
     return Config(**values), sources
 
 # ==== 3. Data model ============================================ [vocabulary]
-E2E_ID = "e2e"                   # of the scenario, which stands among the tasks
-FIX_ID = "e2e-fix-"              # and its fixes, by number
-GUARD_ID = "guard"               # and the question about weakened tests
-# Why we stopped reading an agent. EXIT: it ended by itself; GRACE: hung after its
-# result event, which counts; STOPPED: by a signal to us; LOST: never told.
+# Of what stands among the tasks: the scenario, its fixes (+ number), weakened tests.
+E2E_ID, FIX_ID, GUARD_ID = "e2e", "e2e-fix-", "guard"
+# GRACE: it hung after its result event; STOPPED: by a signal to us; LOST: never told.
 Ended = enum.StrEnum("Ended", "EXIT GRACE STOPPED LOST TIMEOUT IDLE")
 # What cures an outage: waiting, the limit's reset, a person (login, credit, model).
 OutageKind = enum.StrEnum("OutageKind", "RETRY LIMIT PERSON")
@@ -241,10 +236,9 @@ class Task:
     files: tuple[str, ...] = ()
     criteria: tuple[str, ...] = ()
     gates: tuple[str, ...] = ()  # the commands under **Verify:**
-    is_marked: bool = False      # by its heading, as done or not to be done
+    marked: bool = False         # by its heading, as done or not to be done
     timeout_s: float | None = None
     model: str = ""
-
     @property
     def sha256(self) -> str:     # tells an edited task from an untouched one
         return hashlib.sha256(self.text.encode()).hexdigest()
@@ -269,7 +263,6 @@ class Plan:
     context: str = ""
     warnings: tuple[Problem, ...] = ()
     errors: tuple[Problem, ...] = ()
-
     @property
     def steps(self) -> tuple[Task, ...]:
         return (*self.tasks, self.e2e) if self.e2e else self.tasks
@@ -282,7 +275,6 @@ class Usage:
     cache_read: int = 0
     cache_creation: int = 0
     cost_usd: float = 0.0
-
     def __add__(self, other: Usage) -> Usage:
         return Usage(*map(sum, zip(astuple(self), astuple(other), strict=True)))
     @property
@@ -392,7 +384,6 @@ class RunState:
     cost_usd: float = 0.0
     findings: tuple[str, ...] = ()     # what weakens the tests
     guarded: str = ""            # the head at which they were looked for
-
     @property
     def fixes(self) -> dict[str, TaskRecord]:
         return {i: r for i, r in self.tasks.items() if i.startswith(FIX_ID)}
@@ -408,6 +399,7 @@ CONTEXT_CHARS = 8000             # of the prose before the first task
 _HEAD_CHARS = 500                # of a line are matched; keeps every expression linear
 _RULE = " \t-*_"                 # a line of these alone is a rule or blank
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?=[\w-]+:)(?:(?!##).*\n)*?---[ \t]*\n")
+_BRANCH = re.compile(r"(?im)^\W{0,9}branch[*:：]{3}[ \t]*(?:.*?`)?((?<=`)[^`\n]*|\S*)")
 _UNSAFE = re.compile(r"(?:[^\w./+#-]+\.*|\.\.+|/[/.]+)+", re.ASCII)   # in a name
 # Atomic: with backtracking "Task 1.1 Complete: x" becomes task 1 ". 1 Complete".
 _ID = (r"(?>(?:[A-Za-z]{1,4}[.-]?)?\d+[A-Za-z]?"
@@ -437,7 +429,7 @@ _LABEL = re.compile(             # "**Name:** value", "**Name**: value", "# Name
     r"(?P<criteria>acceptance(?: criteria| tests)?|success criteria|done when"
     r"|definition of done|验收标准|驗收標準)|(?P<verify>verify)|(?P<type>type)"
     r"|(?P<files>files?(?:\(s\))?(?: to \w+| \w+ed)?|文件\w*)|(?P<timeout>timeout)"
-    r"|(?P<model>model)|(?P<branch>branch))(?=\s*(?:[:：*(]|$))[^*:：]*"
+    r"|(?P<model>model))(?=\s*(?:[:：*(]|$))[^*:：]*"
     r"(?:[:：]\s*(?:\*\*)?|\*\*\s*(?:[:：]|$|(?=\())|$)|\*\*|#", re.IGNORECASE)
 _SHELL = re.compile(r"[\s>`~]*+(?:(?:ba|z)?sh|shell)?\s*", re.IGNORECASE)
 _COMMAND = re.compile(r"[\s,;&]*+(?:and|then)?\s*+(`{1,2})(?!`)(.+?)(?<!`)\1(?!`)|.+")
@@ -449,7 +441,7 @@ _E2E = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (     # best firs
 
 @dataclass(frozen=True, slots=True)
 class _Doc:
-    """The file in one reading of its fences."""
+    """The file in one reading of its fences; either alone loses tasks of real plans."""
     lines: Sequence[str]
     shown: Sequence[str]         # the same, but fences, comments and rules are blank
     fences: Mapping[int, int]    # first and last line of each, counted from 0
@@ -466,8 +458,7 @@ def decode_plan(data: bytes, *, path: Path) -> str:
     return text
 
 def _read(lines: Sequence[str], *, nested: bool) -> _Doc:
-    """Find fences and headings. `nested`: an info string inside a fence opens one more,
-    against CommonMark; either policy alone loses tasks of real plans."""
+    """`nested`: an info string opens a fence in a fence, which CommonMark denies."""
     shown, fences, stack = list[str](), dict[int, int](), list[tuple[int, str]]()
     for i, line in enumerate(lines):
         block, mark = _BLOCK.match(line), stack[-1][1] if stack else ""
@@ -489,15 +480,16 @@ def _read(lines: Sequence[str], *, nested: bool) -> _Doc:
             end = min(ends[:level + 1])
             while end > i + 1 and not lines[end - 1].strip(_RULE):
                 end -= 1
-            headings.append((level, Task(task_id, title, i + 1, end, "",
-                                         is_marked=bool(_MARKED.match(found[2])))))
+            text, marked = "\n".join(lines[i:end]), bool(_MARKED.match(found[2]))
+            headings += [(level, Task(task_id, title, i + 1, end, text, marked=marked))]
             ends[0 if task_id else level] = i     # a task ends sections of every level
     return _Doc(lines, shown, fences, stack[0][0] + 1 if stack else 0, headings[::-1],
                 [section for _, section in reversed(headings) if section.id])
 
-def _fields(doc: _Doc, start: int, end: int) -> dict[str, list[str]]:
-    """By group of _LABEL, the text behind and items below; of `verify`, the gates."""
+def _task(doc: _Doc, section: Task) -> Task:
+    """The section with what is labelled in it: behind the label and in items below."""
     fields = {kind: list[str]() for kind in ("", *_LABEL.groupindex)}
+    start, end = section.line, section.end_line
     found = [(i, m.lastgroup or "", m.string[m.end():]) for i in range(start, end)
              if (m := _LABEL.match(doc.shown[i]))]
     for (i, kind, said), (after, *_) in itertools.pairwise([*found, (end, "", "")]):
@@ -511,32 +503,25 @@ def _fields(doc: _Doc, start: int, end: int) -> dict[str, list[str]]:
             if not texts and at in doc.fences and _SHELL.fullmatch(doc.lines[at]):
                 texts = [textwrap.dedent("\n".join(doc.lines[at + 1:doc.fences[at]]))]
         fields[kind] += texts if kind == "timeout" else filter(str.strip, texts)
-    return fields
-
-def _task(doc: _Doc, section: Task) -> Task:
-    """The section with what is labelled in it."""
-    fields = _fields(doc, section.line, section.end_line)
     value = {kind: "".join(texts[:1]).strip("` ") for kind, texts in fields.items()}
-    files = (word for text in fields["files"]
-             for part in text.split("`")[1::2] or text.split(",")
-             for word in part.split()[:1] if "." in word or "/" in word)
+    files = dict.fromkeys(word for text in fields["files"]
+                          for part in text.split("`")[1::2] or text.split(",")
+                          for word in part.split()[:1] if "." in word or "/" in word)
     time = re.fullmatch(r"(\d{1,9})([smh]?)", value["timeout"])
     timeout_s = int(time[1]) * {"m": 60, "h": 3600}.get(time[2], 1) if time else 0
     return replace(
-        section, text="\n".join(doc.lines[section.line - 1:section.end_line]),
-        type=value["type"], model=value["model"], files=tuple(dict.fromkeys(files)),
-        timeout_s=timeout_s if fields["timeout"] else None,
-        criteria=tuple(fields["criteria"]), gates=tuple(fields["verify"]))
+        section, type=value["type"], model=value["model"], files=tuple(files),
+        criteria=tuple(fields["criteria"]), gates=tuple(fields["verify"]),
+        timeout_s=timeout_s if fields["timeout"] else None)
 
 def _e2e(doc: _Doc) -> Task | None:
     """The section outside the tasks whose heading says most clearly that it is one."""
     inside = {i for task in doc.tasks for i in range(task.line, task.end_line + 1)}
     outside = [s for level, s in doc.headings if level > 1 and s.line not in inside]
     for s in (s for pattern in _E2E for s in outside if pattern.match(s.title)):
-        is_box = [bool(re.match(r"\s*[-*+]\s+\[.\]", x))
-                  for x in doc.lines[s.line:s.end_line] if x.strip(_RULE)]
-        if 2 * sum(is_box) < len(is_box):      # no mere list of boxes to tick
-            return replace(_task(doc, s), id=E2E_ID)
+        said = [x for x in s.text.split("\n")[1:] if x.strip(_RULE)]
+        if 2 * len(re.findall(r"\n[ \t]*[-*+][ \t]+\[.\]", s.text)) < len(said):
+            return replace(_task(doc, s), id=E2E_ID)     # no mere list of boxes to tick
     return None
 
 def _problems(doc: _Doc, other: _Doc, tasks: Sequence[Task],
@@ -547,22 +532,20 @@ def _problems(doc: _Doc, other: _Doc, tasks: Sequence[Task],
     mentions = [(s.line, level, s.title) for level, s in doc.headings if not s.id]
     mentions += [(at, 0, x) for at, x in enumerate(doc.shown, 1) if "**Task" in x[:14]]
     for at, level, text in mentions:
-        mention = _MENTION.match(text)
+        said, mention = text[:80], _MENTION.match(text)
         if re.match(_SEVERAL, text):
-            yield Problem(at, f"several tasks in one: {text[:80]}", "split it")
+            yield Problem(at, f"several tasks in one: {said}", "split it")
         elif mention and not {mention[1], mention[1].partition("-")[0]} & lines.keys():
             hint = f"write ## Task {mention[1]}: {mention[2].strip() or 'Title'}"
-            yield Problem(at, f"not a task heading: {text[:80]}",
-                          hint if level in levels else "")
+            yield Problem(at, f"not a task heading: {said}", hint * (level in levels))
     differing = {s.line for s in doc.tasks} ^ {s.line for s in other.tasks}
     is_odd = other.unclosed or len({s.id for s in other.tasks}) < len(other.tasks)
-    misses = [i for i, x in enumerate(doc.shown) if _NEAR_MISS.match(x[:_HEAD_CHARS])]
-    missed = f"; the nearest miss: {doc.lines[misses[0]][:80]}" if misses else ""
+    miss, missed = next(((at, f"; the nearest miss: {x[:80]}") for at, x in enumerate(
+        doc.shown, 1) if _NEAR_MISS.match(x[:_HEAD_CHARS])), (1, ""))
     bare = ", ".join(task.id for task in tasks if not task.criteria)
     left_open = doc.lines[doc.unclosed - 1].strip()[:80]
     checks: list[tuple[int, object, str, str]] = [
-        ([*misses, 0][0] + 1, not tasks, f"no task heading{missed}",
-         "write ## Task 1.1: Title"),
+        (miss, not tasks, f"no task heading{missed}", "write ## Task 1.1: Title"),
         (min(differing, default=1), differing, "a task? fences can be read in two ways",
          "" if is_odd else "give the outer fence four backticks, ````"),
         (doc.unclosed, doc.unclosed, f"this never ends: {left_open}", "close it"),
@@ -572,7 +555,7 @@ def _problems(doc: _Doc, other: _Doc, tasks: Sequence[Task],
     for at, first, task in ((t.line, lines[t.id], t) for t in tasks):
         checks += [
             (at, first != at, f"{task.id} is also in line {first}", "use another id"),
-            (at, task.is_marked, f"{task.id} is marked, but marks do not count", ""),
+            (at, task.marked, f"{task.id} is marked, but marks do not count", ""),
             (at, not task.title, "no title", f"write ## Task {task.id}: Title"),
             (at, task.timeout_s == 0, "bad **Timeout:**", "write 600, 90s, 15m or 2h"),
             (at, not task.gates and "**Verify" in task.text, "Verify: no command", "")]
@@ -590,8 +573,7 @@ def parse_plan(text: str, *, path: Path) -> Plan:
     title, after = next(((s.title, s.line) for level, s in doc.headings
                          if level == 1 and s.line <= start), (path.stem, 0))
     names = [*re.findall(r"(?m)^milestone:[ \t]*([^#\n]*)", front), path.stem]
-    branch = "".join(_fields(doc, 0, start)["branch"][:1])
-    branch = re.sub(r"^[^`]*`([^`]*).*|\s.*", r"\1", branch)    # code, or a first word
+    branch = [*_BRANCH.findall("\n".join(doc.shown[:start])), ""][0]  # code, or a word
     name, branch = (_UNSAFE.sub("-", x)[:100].strip("-./") for x in (names[0], branch))
     problems = sorted(_problems(doc, other, tasks, f"{path.name}: {title}"))
     return Plan(
@@ -608,15 +590,15 @@ def has_prose(section: Task) -> bool:
 
 def plan_report(plan: Plan) -> dict[str, Any]:
     """What `check PLAN --json` prints."""
-    def told(thing: object, names: str) -> dict[str, Any]:
-        return {name: getattr(thing, name) for name in names.split()}
-    return told(plan, "milestone title branch") | {
-        "tasks": [told(task, "id title line end_line type files criteria gates")
-                  | {"marked": task.is_marked} for task in plan.tasks],
+    def told(names: str, *things: object) -> list[dict[str, Any]]:
+        return [{name: getattr(x, name) for name in names.split()} for x in things]
+    return told("milestone title branch", plan)[0] | {
+        "tasks": told("id title line end_line type files criteria gates marked",
+                      *plan.tasks),
         "e2e": plan.e2e and {"heading": plan.e2e.title} | told(
-            plan.e2e, "line end_line text gates"),
-        "warnings": [told(problem, "line message") for problem in plan.warnings],
-        "errors": [told(problem, "line message hint") for problem in plan.errors]}
+            "line end_line text gates", plan.e2e)[0],
+        "warnings": told("line message", *plan.warnings),
+        "errors": told("line message hint", *plan.errors)}
 
 # ==== 5. Prompts ===================================================== [pure]
 def _schema(required: str, **properties: str | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -690,10 +672,9 @@ def task_prompt(plan: Plan, task: Task, record: TaskRecord, *, max_attempts: int
 
 def resumed_prompt(first_line: str, answer: str) -> str:
     """For a session that goes on: with an answer, or after an outage."""
-    news = answer and f"A person answered your question:\n\n{answer.strip()}"
+    news = answer and f"A person answered your question:\n\n{answer.strip()}\n\n"
     return _prompt(f"{'Answer: ' if answer else ''}{first_line}",
-                   f"{news or 'The API could not answer for a while.'}\n\n"
-                   "Go on with the task and end with your report as before.")
+                   f"{news}Go on with the task and end with your report as before.")
 
 def interpreter_prompt(plan: Plan, task: Task, message: str) -> str:
     return _prompt(f"Reading of task {task.id} of milestone {plan.milestone}",
@@ -711,8 +692,7 @@ def e2e_prompt(plan: Plan, scenario: Task, run: int, red: str) -> str:
 END_EVENT = "orchestrator_end"   # our own last line of a transcript
 _USAGE_KEYS = ("inputTokens", "outputTokens", "cacheReadInputTokens",
                "cacheCreationInputTokens", "costUSD")      # in the order of Usage
-# Events that hold nothing we decide on are recognised by their first bytes and not
-# decoded: json.loads on every line is most of what a decoder costs.
+# Nothing in these is decided on: not decoded, since json.loads is most of the cost.
 _UNREAD = (b'{"type":"user"', b'{"type":"stream_event"')
 _FAILED, _FAILED_WITHIN = b'"is_error":true', 64 << 10   # the CLI cuts an error's text
 
@@ -720,9 +700,7 @@ def _as(kind: type, value: Any) -> Any:
     """A value from JSON if it is of the kind it should be, else an empty one."""
     return value if isinstance(value, kind) else kind()
 _text, _object, _list = (functools.partial(_as, kind) for kind in (str, dict, list))
-
-def _number(value: Any) -> Any:
-    # the limit tells seconds since the epoch from milliseconds, which are no date
+def _number(value: Any) -> Any:   # 1e11: milliseconds since the epoch are no date
     return value if type(value) in (int, float) and 0 <= value < 1e11 else 0
 
 def json_objects(lines: Iterable[bytes | bytearray]) -> Iterator[Mapping[str, Any]]:
@@ -747,8 +725,7 @@ def _result(event: Mapping[str, Any], models: dict[str, Usage]) -> dict[str, Any
     for model, raw in used.items():
         usage = Usage(*(_number(_object(raw).get(key)) for key in _USAGE_KEYS))
         models = {**models, model: models.get(model, Usage()) + usage}
-    told = {key: _text(get(key)) for key in ("subtype", "terminal_reason", "api_error")}
-    return told | {
+    return {k: _text(get(k)) for k in ("subtype", "terminal_reason", "api_error")} | {
         "has_result": True, "is_error": get("is_error") is True, "models": models,
         "text": _text(get("result")) or "\n".join(map(_text, _list(get("errors")))),
         "structured": _object(get("structured_output")) or None,
@@ -771,8 +748,7 @@ class Redactor:
         return data.removesuffix(self._held)
 
 class StreamDecoder:
-    """Fold a `--output-format stream-json` into an AgentResult; nothing makes it raise.
-    `max_repeats` identical failures of a tool call (0: any) are told as `repeated`."""
+    """Fold the events of a `claude -p` into an AgentResult; nothing makes it raise."""
     def __init__(self, on_tool: Callable[[str], None] = lambda told: None,
                  max_repeats: int = 0) -> None:
         self._open, self._on_tool = bytearray(), on_tool    # a line that has not ended
@@ -813,10 +789,7 @@ class StreamDecoder:
         known["session_id"] = _text(event.get("session_id")) or known["session_id"]
         if kind in ("assistant", "user"):
             for raw in _list(_object(event.get("message")).get("content")):
-                if (block := _object(raw)).get("type") == "tool_use":
-                    self._call(block)
-                elif block.get("is_error") is True:
-                    self._fail(block)
+                self._part(_object(raw))
         elif kind == "result":
             known |= _result(event, known.get("models", {}))
         elif kind == "rate_limit_event":
@@ -828,22 +801,22 @@ class StreamDecoder:
             known["ended"] = next((e for e in Ended if e == ended), Ended.LOST)
             known["duration_s"] = _number(event.get("duration_s"))
 
-    def _call(self, block: Mapping[str, Any]) -> None:
-        self._on_tool(tool_use(block))
-        self._calls.append(block)
-        questions = _list(_object(block.get("input")).get("questions"))
-        asked = _object(questions and questions[0])
-        if asked and block.get("name") == "AskUserQuestion":
-            self.known["asked"] = {**asked, "status": "needs_human"}
-
-    def _fail(self, block: Mapping[str, Any]) -> None:
-        """Count the calls that were the same and failed the same."""
-        by_id = {_text(call.get("id")): call for call in self._calls}
-        if call := by_id.get(_text(block.get("tool_use_id"))):
-            key = hash(json.dumps((call.get("input"), block.get("content"))))
+    def _part(self, block: Mapping[str, Any]) -> None:
+        """Tell a tool call; count the calls that were the same and failed the same."""
+        calls = [c for c in self._calls if c.get("id") == block.get("tool_use_id")]
+        if block.get("type") == "tool_use":
+            self._on_tool(tool_use(block))
+            self._calls.append(block)
+            questions = _list(_object(block.get("input")).get("questions"))
+            asked = _object(questions and questions[0])
+            if asked and block.get("name") == "AskUserQuestion":
+                self.known["asked"] = {**asked, "status": "needs_human"}
+        elif calls and block.get("is_error") is True:
+            key = hash(json.dumps((calls[-1].get("input"), block.get("content"))))
             times = self._failures[key] = self._failures.get(key, 0) + 1
             if 0 < self._max_repeats <= times:
-                self.known["repeated"] = f"failed {times} times alike: {tool_use(call)}"
+                told = f"failed {times} times alike: {tool_use(calls[-1])}"
+                self.known["repeated"] = told
 
 # ==== 7. Verdict ===================================================== [pure]
 _LIMIT = re.compile(r"(?i)(?:usage|hour|weekly|session)[ _]limit[ _]reached"
@@ -868,11 +841,11 @@ def outage(result: AgentResult) -> Outage | None:
         return Outage(OutageKind.PERSON, reason)
     return Outage(OutageKind.RETRY, reason) if is_api or "API Error" in words else None
 
-_Report = tuple[str, Mapping[str, Any]]   # the rule that applied, the fields it read
 _STATUSES = {**{word.value: word for word in VerdictStatus}, "": VerdictStatus.FAILED,
              "passed": VerdictStatus.COMPLETED, "unclear": VerdictStatus.NEEDS_HUMAN}
 _E2E_STATUSES = _STATUSES | dict.fromkeys(("completed", ""), VerdictStatus.NEEDS_HUMAN)
 _WHY = ("diagnosis", "error", "summary", "question")
+_DIAGNOSED = "\nThe agent: "    # between what a gate told and what the agent says
 _STATUS_WORD = re.compile(       # also `**Needs Human** - why`, `✅ Complete`
     r"[\W_]{0,9}(?:(?P<completed>completed?|done|success)|(?P<failed>fail(?:ed|ure)?)"
     r"|(?P<needs_human>blocked|needs[ _-]?human)|(?P<passed>pass(?:ed)?)"
@@ -929,7 +902,7 @@ _WORK_DONE = re.compile(
     r"{1,16}(?:ed|rote|uilt|ade))\b|\b(?!I\b)\w+ now \w+s\b|\bpass(?:ed)?\b|✅"
     r"|\b(?:is|are|all|been|now) (?:done|fixed|ready|complete)")
 
-def _from_prose(result: AgentResult) -> _Report:
+def _from_prose(result: AgentResult) -> tuple[str, Mapping[str, Any]]:
     """Who must act next? An offer after finished work holds nothing up."""
     even = result.text.translate(_EVEN).replace("**", "")
     prose = _NOT_PROSE.sub(lambda p: "_ "["\n" in p[0]] * len(p[0]), even).rstrip()
@@ -947,8 +920,8 @@ def _from_prose(result: AgentResult) -> _Report:
         return "empty", {"error": "the agent ended without a word"}
     return "text_done" if done else "text_no_request", {"status": "completed"}
 
-def _from_end(result: AgentResult) -> _Report:
-    """By how the call ended: no result event, or one that is an error."""
+def _from_end(result: AgentResult) -> tuple[str, Mapping[str, Any]]:
+    """Rule and report of a call without a result event, or with one of an error."""
     why = result.repeated or result.text or result.stderr_tail
     rules = (
         ("tool_loop", result.repeated),
@@ -958,13 +931,12 @@ def _from_end(result: AgentResult) -> _Report:
         ("outage", outage(result)), ("execution_error", result.has_result),
         ("no_result", result.events + result.bad_lines), ("no_output", True))
     rule = next(rule for rule, applies in rules if applies)
-    if rule == result.ended:
-        why = f"{rule} after {result.duration_s:.0f} s"
-    why = why.strip() or f"{rule.replace('_', ' ')}, exit status {result.exit_code}"
-    return rule, {"error": why}
+    why = f"{rule} after {result.duration_s:.0f} s" if rule == result.ended else why
+    told = f"{rule.replace('_', ' ')}, exit status {result.exit_code}"
+    return rule, {"error": why.strip() or told}
 
-def judge(result: AgentResult, key: str = "status") -> Verdict:
-    """Decide what a call came to, unless it is an `outage`. Its result counts first."""
+def judge(result: AgentResult, key: str = "status", red: str = "") -> Verdict:
+    """What a call came to, unless it is an `outage`; a `red` gate outranks its word."""
     reports = [_from_end(result)]
     if result.has_result and not result.is_error:
         reports = [("structured", result.structured or {}),
@@ -978,24 +950,16 @@ def judge(result: AgentResult, key: str = "status") -> Verdict:
     is_fixable = str(fields.get("fixable", "yes")).lower().startswith(("y", "true"))
     listed = fields.get("options") or ""
     options = listed if isinstance(listed, list) else _OPTION_END.split(str(listed))
-    texts = [shortened(str(_object(option).get("label", option)).strip(" \t*•-"))
-             for option in options[:10]]
+    texts = tuple(text for option in options[:10] if (text := shortened(
+        str(_object(option).get("label", option)).strip(" \t*•-"))))
     marked = next((text for text in texts if "(recommended)" in text.lower()), "")
     question = Question(said.get("question") or why or "The agent did not say why.",
-                        tuple(filter(None, texts)),
-                        said.get("recommendation") or marked)
+                        texts, said.get("recommendation") or marked)
     is_asked = listed or status is VerdictStatus.NEEDS_HUMAN
     fix_plan = said.get("fix_plan", "") if is_fixable else ""
+    if red:
+        status, rule, why = VerdictStatus.FAILED, "gate", f"{red}{_DIAGNOSED}{why}"
     return Verdict(status, rule, why, question if is_asked else None, fix_plan)
-
-_DIAGNOSED = "\nThe agent: "    # between what a gate told and what the agent says
-
-def judge_e2e(result: AgentResult, red: str = "") -> Verdict:
-    """What the scenario showed; `red` is what fails of its gates, which outrank it."""
-    verdict = judge(result, "e2e_status")
-    told = f"{red}{_DIAGNOSED}{verdict.evidence}"
-    return verdict if not red else replace(
-        verdict, status=VerdictStatus.FAILED, rule="gate", evidence=told)
 
 _TEST_FILE = re.compile(r"(?:^|/)(?:tests?|specs?|__tests__)/|(?:^|/)test_[^/]*$"
                         r"|(?:[_.-](?:test|spec)|Tests?)\.\w+$")
@@ -1033,9 +997,8 @@ _VOLATILE = re.compile(r"(?i)0x[0-9a-f]+|\b[0-9a-f]{7,64}\b"   # hashes, paths, 
 
 def similarity(a: str, b: str) -> float:
     """How alike two errors are, 0..1, by 300 words of each less what varies."""
-    one, other = (_VOLATILE.sub("<>", text[:4000]).casefold().split()[:300]
-                  for text in (a, b))
-    return difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
+    one, two = (_VOLATILE.sub("<>", x[:4000]).casefold().split()[:300] for x in (a, b))
+    return difflib.SequenceMatcher(None, one, two, autojunk=False).ratio()
 
 def detect_loop(record: TaskRecord, config: Config) -> str:
     """Why the task must not be tried again, or ''. Crashes count, questions do not."""
@@ -1045,8 +1008,7 @@ def detect_loop(record: TaskRecord, config: Config) -> str:
     if (tries := record.started - asked) >= config.max_attempts:
         told = f", errors {min(alike):.0%} alike" if alike else ""
         return f"failed {tries} times, limit {config.max_attempts}{told}"
-    is_idle = len(failed) > 1 and failed[-2].is_idle and failed[-1].is_idle
-    if is_idle and alike[-1] >= config.error_similarity:
+    if sum(a.is_idle for a in failed[-2:]) > 1 and alike[-1] >= config.error_similarity:
         return f"failed twice, errors {alike[-1]:.0%} alike, and changed nothing"
     if asked >= MAX_QUESTIONS:
         return f"asked {asked} questions, limit {MAX_QUESTIONS}"
@@ -1078,13 +1040,11 @@ def retry_delay_s(outage: Outage, n: int, now: float, config: Config) -> float |
 # ==== 9. System ports =============================================== [shell]
 class Clock:
     """Time. Durations come from `monotonic`, stamps from `now`; never mixed."""
-    monotonic = staticmethod(time.monotonic)
-    sleep = staticmethod(time.sleep)
+    monotonic, sleep = staticmethod(time.monotonic), staticmethod(time.sleep)
     def now(self) -> datetime:
         return datetime.now(UTC)
 
-def stamp(moment: datetime) -> str:
-    """RFC 3339 in UTC with milliseconds."""
+def stamp(moment: datetime) -> str:          # RFC 3339
     return moment.astimezone(UTC).isoformat(timespec="milliseconds")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1111,22 +1071,20 @@ class ProcessResult:
         return (self.stdout + self.stderr).decode(errors="replace").strip()
 
     def checked(self, what: str, *, hint: str, told: str = "") -> ProcessResult:
-        """This result. Raises SandboxError, with what it told, unless it succeeded."""
         if self.exit_code != 0:
             told = told or shortened(self.output) or f"{self.ended} {self.exit_code}"
             raise SandboxError(f"{what}: {told}", hint=hint)
         return self
 
 class Listener:
-    """Who reads a running command; this one keeps the last `limit` bytes of each pipe.
-    `on_tick` comes each second at least; true starts the result grace."""
+    """Who reads a running command; this one keeps each pipe's last `limit` bytes."""
     def __init__(self, limit: int) -> None:
         self.out, self.err, self._limit = bytearray(), bytearray(), limit
     def hear(self, data: bytes, *, is_error: bool) -> None:
         kept = self.err if is_error else self.out
         kept += data[-self._limit:]
         del kept[:-self._limit]
-    def on_tick(self, idle_s: float) -> bool:
+    def on_tick(self, idle_s: float) -> bool:    # each second; true: RESULT_GRACE_S
         return False
 
 class _Child:
@@ -1139,9 +1097,9 @@ class _Child:
                 command.argv, cwd=command.cwd, env=command.env, start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except OSError as error:
-            told = shortened(shlex.join(command.argv), 160)
-            raise SandboxError(f"cannot start {command.argv[0]!r}: {error.strerror}",
-                               hint=f"is it on PATH? {told}") from None
+            raise SandboxError(
+                f"cannot start {command.argv[0]!r}: {error.strerror}", hint="is it on "
+                f"PATH? {shortened(shlex.join(command.argv), 160)}") from None
         assert p.stdin and p.stdout and p.stderr
         self.popen, self._stdin, self._unsent = p, p.stdin, memoryview(command.stdin)
         self.started_at = self._last_output_at = clock.monotonic()
@@ -1170,22 +1128,17 @@ class _Child:
     def tell_until(self, is_over: Callable[[], bool], timeout_s: float, *,
                    idle_s: float = float("inf")) -> Ended:
         """Tell what is heard until it is over or a deadline passes; say which."""
-        until, done_at = self._clock.monotonic() + timeout_s, float("inf")
+        until, grace_ends_at = self._clock.monotonic() + timeout_s, float("inf")
         while not is_over():
             now = self._clock.monotonic()
-            next_at, reason = min((done_at + RESULT_GRACE_S, Ended.GRACE),
-                                  (until, Ended.TIMEOUT),
+            next_at, reason = min((grace_ends_at, Ended.GRACE), (until, Ended.TIMEOUT),
                                   (self._last_output_at + idle_s, Ended.IDLE))
             if now >= next_at:
                 return reason
             if self._listener.on_tick(now - self._last_output_at):
-                done_at = min(done_at, now)
-            wait_s = min(next_at - now, 0.5)     # no longer: others may hold the pipes
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if self.open_pipes or self._unsent:
-                    self._exchange(wait_s)
-                else:
-                    self.popen.wait(wait_s)
+                grace_ends_at = min(grace_ends_at, now + RESULT_GRACE_S)
+            # an end is told by its pipes, unless others hold them; without any, by us
+            self._exchange(min(next_at - now, 0.5 if self.open_pipes else 0.002))
         return Ended.EXIT
 
     def stop(self) -> None:
@@ -1218,7 +1171,6 @@ class Processes:
                 interrupted = signalled
             if ended is not Ended.EXIT:
                 child.stop()
-            # what is left; for a moment only, since others may hold the pipes open
             child.tell_until(lambda: not child.open_pipes, DRAIN_GRACE_S)
             return ProcessResult(
                 ended, child.popen.poll(), self._clock.monotonic() - child.started_at,
@@ -1226,7 +1178,6 @@ class Processes:
 
     def run(self, command: Command, *, timeout_s: float = COMMAND_TIMEOUT_S,
             max_bytes: int = 1 << 20) -> ProcessResult:
-        """Run `command`, keep the last `max_bytes` of each pipe. Raises Interrupted."""
         done = self.stream(command, listener=Listener(max_bytes), timeout_s=timeout_s)
         if done.interrupted:
             raise done.interrupted
@@ -1235,11 +1186,9 @@ class Processes:
 class Held(_Child):
     """A command that ends when we do, or close it; `told` is its first line, or ''."""
     def __init__(self, command: Command, clock: Clock) -> None:
-        ear = Listener(4096)
-        super().__init__(replace(command, holds_stdin=True), ear, clock)
+        super().__init__(command, ear := Listener(4096), clock)
         self.tell_until(lambda: b"\n" in ear.out or not self.open_pipes, STEP_TIMEOUT_S)
         self.told = ear.out.decode().strip()
-
     def close(self) -> None:
         self.stop()
         with self.popen:
@@ -1299,19 +1248,17 @@ def install_signal_handlers() -> None:
             signal.signal(number, handler)
 
 # ==== 10. Sandboxes ================================================= [shell]
-# Git as we run it in a workspace that an agent has had in its hands: no hooks, no
-# helpers in the background, no lock of a git that was killed. Scripts get $1 (the
-# branch), $2, ... A variable, since a function would cost a fork a call.
+# Git as we run it where an agent has been: no hooks, nothing in the background, no lock
+# of a git that was killed. Scripts get $1 (the branch), $2, ... A variable, since a
+# function would cost a fork a call.
 _GIT = """
 git='git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c core.autocrlf=false
- -c gc.auto=0 -c advice.addEmbeddedRepo=false
+ -c gc.auto=0 -c advice.addEmbeddedRepo=false -c core.quotePath=off
  -c user.name=ktrdr_orchestrator -c user.email=orchestrator@localhost'
-for f in .git/*.lock ".git/refs/heads/${1-}.lock"; do [ ! -e "$f" ] || rm -f "$f"; done
-"""
-_TREE = _GIT + """
+for f in .git/*.lock ".git/refs/heads/$1.lock"; do [ ! -e "$f" ] || rm -f "$f"; done"""
+_TREE = """
 $git add -A || { rm -f .git/index; $git add -A --ignore-errors || :; }
-tree=$($git write-tree)
-"""
+tree=$($git write-tree)"""
 # $2 base, $3 ref, $4 message. What the agent committed stays, if it is on the base.
 _CHECKPOINT = _TREE + """
 commit=$2
@@ -1321,22 +1268,19 @@ commit=$($git commit-tree "$tree" -p "$commit" -m "$4")
 printf 'update %s %s\\n' "refs/heads/$1" "$commit" "$3" "$commit" |
 $git update-ref --stdin
 $git symbolic-ref HEAD "refs/heads/$1"
-echo "$commit"
-"""
+echo $commit"""
 _SWITCH = """
 rm -rf .git/rebase-merge .git/rebase-apply
 $git checkout -q -f --ignore-other-worktrees -B "$1" "$2" --
 $git clean -ffdq
-$git rev-parse HEAD
-"""
+$git rev-parse HEAD"""
 # $2 base, $3 ref for the work that is taken back, $4 message
 _ROLLBACK = _TREE + """
 head=$($git rev-parse -q --verify "@^{commit}") || head=$2     # its commit is lost
 [ "$head $tree" = "$2 $($git rev-parse "$2^{tree}")" ] ||
-$git update-ref "$3" "$($git commit-tree "$tree" -p "$head" -m "$4")"
-""" + _SWITCH
+$git update-ref "$3" $($git commit-tree "$tree" -p "$head" -m "$4")""" + _SWITCH
 # $2 base, as the host or the clone names it, $3 ref for a branch that is in the way
-_NEW_BRANCH = _GIT + """
+_NEW_BRANCH = """
 set -- "$1" "$($git rev-parse -q --verify "origin/$2^{commit}" || echo "$2")" "$3"
 old=$($git rev-parse -q --verify "refs/heads/$1") && $git update-ref "$3" "$old"
 """ + _SWITCH
@@ -1374,35 +1318,29 @@ class Sandbox:
     def close(self) -> None:
         self.sweep()
         self.release()
-
     def sh(self, script: str, *args: str, is_gate: bool = False,
            **limits: Any) -> ProcessResult:
-        """Run a script of ours, or a gate, in the workspace; `args` are $1, $2, ..."""
         argv = ("sh", "-ec" if is_gate else "-euc", script, "orchestrator", *args)
         return self.processes.run(self.command(argv), **limits)
-
     def _git(self, what: str, script: str, *args: str) -> str:
-        done = self.sh(script, *args, max_bytes=1 << 26).checked(
+        done = self.sh(f"{_GIT}\n{script}", *args, max_bytes=1 << 26).checked(
             f"{what} in {self.name} failed", hint="sandbox init, if it is docker's")
         return done.stdout.decode(errors="replace").strip()
     def start_branch(self, branch: str, base: str, *, kept_as: str) -> str:
-        """A new `branch` from `base` (HEAD: what was cloned), an old one `kept_as`."""
         start = "refs/orchestrator/start" if base == "HEAD" else base
         return self._git(f"new branch {branch}", _NEW_BRANCH, branch, start, kept_as)
     def checkpoint(self, branch: str, base: str, *, ref: str, message: str) -> str:
         """Commit all that is uncommitted; return the commit the task ends with."""
         return self._git("the checkpoint", _CHECKPOINT, branch, base, ref, message)
     def rollback(self, branch: str, base: str, *, ref: str, message: str) -> None:
-        """Go back to `base`; what is taken back stays reachable as `ref`."""
         self._git("the rollback", _ROLLBACK, branch, base, ref, message)
     def visit(self, commit: str) -> None:
         """Show a commit, or a branch again, where no work is uncommitted."""
-        self._git("checkout", _GIT + '$git checkout -q -f "$2" --', "", commit)
+        self._git("checkout", '$git checkout -q -f "$2" --', "", commit)
     def diff(self, base: str, commit: str) -> str:
         """In full, whatever the agent's attributes and configuration would hide."""
-        script = ('$git -c core.quotePath=off diff -M -U0 -O/dev/null --text --no-color'
-                  ' --no-ext-diff --no-textconv "$2" "$3"')
-        return self._git("git diff", _GIT + script, "", base, commit)
+        script = '$git diff-tree -p -M -U0 -O/dev/null --text "$2" "$3"'
+        return self._git("git diff", script, "", base, commit)
     def has_commit(self, commit: str) -> bool:
         return self.sh('git cat-file -e "$1^{commit}"', commit).exit_code == 0
     def recover(self, branch: str, commit: str) -> None:
@@ -1417,9 +1355,9 @@ class Sandbox:
                        max_bytes=sys.maxsize)
         return done.checked(f"no bundle of {commit}", hint="git log there").stdout
 
-# Kills what an earlier run left: whatever has $1 in its environment, which proves whose
-# it is. Then it ends, but for an orphan that is no child to be swept: should the run be
-# killed, a pipe that only the run holds ends, and the orphan kills whatever has $2.
+# Kills what an earlier run left, known by $1 in its environment. Then it ends, but for
+# an orphan, which the sweep of children spares: should the run be killed, a pipe that
+# only the run holds ends, and the orphan kills whatever has $2.
 _GUARD = """
 end_all() {
     while pids=$(grep -lszxF "$1" /proc/[0-9]*/environ | cut -d/ -f3); [ "$pids" ]; do
@@ -1454,7 +1392,7 @@ class LocalSandbox(Sandbox):
         from ctypes import CDLL  # 8 ms that only a run has to pay
         marks = [f"{name}={self._env[name]}" for name in (MARK, f"{MARK}_RUN")]
         guard = ("sh", "-c", _GUARD, "guard", *marks)
-        self._held = Held(Command(argv=guard), self._clock)
+        self._held = Held(Command(argv=guard, holds_stdin=True), self._clock)
         if self._held.told != "alone":
             raise SandboxError(f"what an earlier run left in {self.name} does not end",
                                hint=f"grep -lsz {marks[0]} /proc/*/environ")
@@ -1496,7 +1434,6 @@ _UP = ("up", "-d", "--no-build")
 _JANITOR = ("--rm", "--no-deps", "-T", "janitor", "workspace.py")
 _RECREATE = (*_UP, "--force-recreate", "-t", "0", "sandbox")
 INSIDE = "/usr/local/lib/sandbox"        # our scripts in the image
-_END_ALL = f"{INSIDE}/end-all.sh"
 
 class DockerSandbox(Sandbox):
     """Service `sandbox` of a compose project. Its lock is a process in it, not ours."""
@@ -1511,18 +1448,26 @@ class DockerSandbox(Sandbox):
         self._keys = {"descriptor": {}, "gateway": {}, key_by: keys}
         other = {"descriptor": KEYS, "gateway": (*KEYS, *_OF_A_GATEWAY)}.get(key_by, ())
         # the names only: compose takes the values, so that no argv shows a secret
-        self.variables = tuple(
-            f"--env={name}" for name in sorted(environ.keys() - other)
-            if name.startswith(("ANTHROPIC_", "CLAUDE_CODE_")))
+        self.variables = [f"--env={name}" for name in sorted(environ.keys() - other)
+                          if name.startswith(("ANTHROPIC_", "CLAUDE_CODE_"))]
 
     def composed(self, *args: str, **about: Any) -> Command:
         return Command(argv=(*self._compose, *args), env=self._env, **about)
-    def compose(self, *args: str, stdin: bytes = b"",
-                timeout_s: float = COMMAND_TIMEOUT_S) -> ProcessResult:
-        """Run `docker compose ARGS`. Raises SandboxError if it fails."""
-        ran = self.processes.run(self.composed(*args, stdin=stdin), timeout_s=timeout_s)
+    def compose(self, *args: str, stdin: bytes = b"", **limits: Any) -> ProcessResult:
+        ran = self.processes.run(self.composed(*args, stdin=stdin), **limits)
         return ran.checked(f"docker compose {shlex.join(args)}",
                            hint=f"docker info; {PROGRAM} sandbox init")
+    def open(self) -> None:
+        self.bring_up()
+        self.sweep()
+    def command(self, argv: Sequence[str]) -> Command:
+        return self.composed("exec", "-T", "sandbox", *argv)
+    def recover(self, branch: str, commit: str) -> None:
+        self.janitor("repair", branch, commit)
+    def checkpoint(self, *args: str, **about: str) -> str:
+        commit = super().checkpoint(*args, **about)
+        self.janitor("save")         # a copy where the agent cannot reach it
+        return commit
 
     def janitor(self, *args: str, stdin: bytes = b"") -> Mapping[str, Any]:
         """What workspace.py did in a container of its own. Raises SandboxError."""
@@ -1537,8 +1482,8 @@ class DockerSandbox(Sandbox):
         """Take the sandbox's lock; False: it does not run. Raises LockHeldError."""
         self.release()
         self._held = Held(self.composed(
-            "exec", "-T", "-u", "nobody", "sandbox", f"{INSIDE}/hold.sh",
-            f"PID {os.getpid()} on {os.uname().nodename}"), self._clock)
+            "exec", "-T", "-u", "nobody", "sandbox", f"{INSIDE}/hold.sh", f"PID "
+            f"{os.getpid()} on {os.uname().nodename}", holds_stdin=True), self._clock)
         if self._held.told.startswith("in use"):
             raise LockHeldError(f"{self.name} is {self._held.told}",
                                 hint=f"wait for it; {PROGRAM} status")
@@ -1560,14 +1505,6 @@ class DockerSandbox(Sandbox):
                 problem = error
         raise problem
 
-    def open(self) -> None:
-        self.bring_up()
-        self.sweep()
-    def command(self, argv: Sequence[str]) -> Command:
-        return self.composed("exec", "-T", "sandbox", *argv)
-    def recover(self, branch: str, commit: str) -> None:
-        self.janitor("repair", branch, commit)
-
     def agent_command(self, argv: Sequence[str], prompt: bytes) -> Command:
         """Under supervise.py, which tells what it reads and when it stops the agent."""
         parts = {"prompt": prompt, **self._keys["descriptor"]}
@@ -1578,7 +1515,8 @@ class DockerSandbox(Sandbox):
             stdin=b"".join((head.encode(), b"\n", *parts.values())))
 
     def sweep(self) -> SandboxLostError | None:
-        done = self.processes.run(self.command((_END_ALL,)), timeout_s=STEP_TIMEOUT_S)
+        end_all = self.command((f"{INSIDE}/end-all.sh",))
+        done = self.processes.run(end_all, timeout_s=STEP_TIMEOUT_S)
         if self._held and done.stdout.decode().strip() == self._held.told:
             return None
         if done.exit_code in (126, 127):
@@ -1601,12 +1539,6 @@ class DockerSandbox(Sandbox):
             self.recover(*args[:2])
         return super()._git(what, script, *args)
 
-    def checkpoint(self, branch: str, base: str, *, ref: str, message: str) -> str:
-        """And a copy where the agent cannot reach it."""
-        commit = super().checkpoint(branch, base, ref=ref, message=message)
-        self.janitor("save")
-        return commit
-
     def reset(self) -> Mapping[str, Any]:
         """A new container; the volumes are cleared by workspace.py, which proves it."""
         self.compose(*_RECREATE)
@@ -1618,13 +1550,13 @@ class DockerSandbox(Sandbox):
 
 # ==== 11. Agent ===================================================== [shell]
 @contextlib.contextmanager
-def disk(path: Path) -> Iterator[None]:
+def disk(path: Path, hint: str = "") -> Iterator[None]:
     """What the disk refuses within becomes a StateError."""
     try:
         yield
     except OSError as error:
-        raise StateError(f"{path}: {error.strerror or error}", hint="the file is as it "
-                         "was; make room or fix the rights") from None
+        raise StateError(f"{path}: {error.strerror or error}", hint=hint or "the file "
+                         "is as it was; make room or fix the rights") from None
 
 class Transcript(Listener):
     """What one call printed: NAME.ndjson, ended by a line of ours, and NAME.stderr."""
@@ -1721,33 +1653,28 @@ class StateStore:
         self.path = state_dir / f"{milestone}_state.json"
         self.folder, self._clock = state_dir / milestone, clock
         self._lines: dict[str, tuple[TaskRecord, str]] = {}
-    def transcript(self, task_id: str, number: int, part: int = 0) -> Path:
-        """Where the n-th attempt is recorded; `part` counts the calls within it."""
-        name = re.sub(r"[^\w.-]", "_", task_id)
-        return self.folder / f"{name}-{number}{f'.{part}' if part else ''}.ndjson"
     def new_transcript(self, task_id: str, number: int) -> Path:
-        parts = (self.transcript(task_id, number, n) for n in itertools.count())
-        return next(path for path in parts if not path.exists())
+        name = re.sub(r"[^\w.-]", "_", f"{task_id}-{number}")
+        calls = (f"{name}{f'.{n}' if n else ''}.ndjson" for n in itertools.count())
+        return next(p for p in map(self.folder.joinpath, calls) if not p.exists())
 
     def save(self, state: RunState) -> RunState:
         """On the disk when this returns. What is unchanged is not encoded again."""
         state = replace(state, updated_at=stamp(self._clock.now()),
                         cost_usd=round(state.cost_usd, 6))
         for i, record in state.tasks.items():
-            if i not in self._lines or self._lines[i][0] is not record:
-                line = json.dumps({i: record}, default=asdict)[1:-1]
-                self._lines[i] = record, line
+            if self._lines.get(i, ("",))[0] is not record:
+                self._lines[i] = record, json.dumps({i: record}, default=asdict)[1:-1]
         tasks = {i: record.status for i, record in state.tasks.items()}
         head = asdict(replace(state, tasks={})) | {
             "version": STATE_VERSION, "e2e_status": tasks.pop(E2E_ID, None),
             **{f"{status}_tasks": [i for i in tasks if tasks[i] is status]
                for status in OVER},
             "task_attempt_counts": {i: r.started for i, r in state.tasks.items()}}
-        del head["tasks"]                # but for these, encoded above
-        text = json.dumps(head, separators=(",\n", ": "))[:-1]
         lines = ",\n  ".join(self._lines[i][1] for i in state.tasks)
-        text = f'{text},\n"task_results": {{\n  {lines}\n}}}}\n'
-        write_atomically(self.path, text.encode())
+        text = json.dumps(head, separators=(",\n", ": ")).replace(
+            '"tasks": {}', f'"task_results": {{\n  {lines}\n}}')
+        write_atomically(self.path, f"{text}\n".encode())
         return state
 
     def load(self) -> RunState | None:
@@ -1756,21 +1683,18 @@ class StateStore:
             with disk(self.path):
                 if not os.path.lexists(self.path):
                     return None
-                raw = json.loads(self.path.read_bytes())
+                raw = json.loads(self.path.read_bytes(), object_hook=lambda read: {
+                    k: tuple(v) if isinstance(v, list) else v for k, v in read.items()})
             if raw["version"] != STATE_VERSION:
                 raise ValueError(f"version {raw['version']!r}, not {STATE_VERSION}")
-            for record in (tasks := raw["task_results"]).values():
+            for record in (tasks := {**raw["task_results"]}).values():
                 record["status"] = TaskStatus(record["status"])
                 record["attempts"] = tuple(Attempt(**a) for a in record["attempts"])
-                if asked := record["question"]:
-                    asked["options"] = tuple(asked["options"])
-                    record["question"] = Question(**asked)
+                record["question"] = (asked := record["question"]) and Question(**asked)
             raw["tasks"] = {i: TaskRecord(**record) for i, record in tasks.items()}
             raw["wait"] = raw["wait"] and Wait(**raw["wait"])
-            raw["findings"] = tuple(raw["findings"])
             return RunState(**{name: raw[name] for name in RunState.__match_args__})
-        except (ValueError, LookupError, TypeError, AttributeError,
-                RecursionError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise StateError(f"{self.path}: damaged or newer: {error!r}", hint="move "
                              "it away or use run --fresh, which archives it") from None
 
@@ -1789,9 +1713,11 @@ class RunLock:
     """`<name>.lock`: under flock while its owner lives; names PID, start and host."""
     def __init__(self, path: Path, clock: Clock) -> None:
         self._path, self._clock = path, clock
+    def __exit__(self, *_exc_info: object) -> None:
+        self._file.truncate(0)
+        self._file.close()
 
     def __enter__(self) -> None:
-        """Raises LockHeldError."""
         me = {"pid": os.getpid(), "host": os.uname().nodename,
               "start": stamp(self._clock.now())}
         with disk(self._path):
@@ -1806,10 +1732,6 @@ class RunLock:
                                     f"{PROGRAM} status shows how far it is") from None
             self._path.write_text(json.dumps(me), encoding="utf-8")
 
-    def __exit__(self, *_exc_info: object) -> None:
-        self._file.truncate(0)
-        self._file.close()
-
     def owner(self) -> Mapping[str, Any] | None:
         """Who owns it, or did when it was killed and nobody has the PID since."""
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
@@ -1823,6 +1745,10 @@ class Ledger:
     """`ledger.jsonl`: an object a line for each agent call, only ever appended to."""
     def __init__(self, path: Path) -> None:
         self._path = path
+    def entries(self) -> Iterator[Mapping[str, Any]]:
+        with disk(self._path), contextlib.suppress(FileNotFoundError), \
+                self._path.open("rb") as file:
+            yield from json_objects(file)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """On the disk when this returns. Raises StateError."""
@@ -1833,10 +1759,9 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
 
-    def entries(self) -> Iterator[Mapping[str, Any]]:
-        with disk(self._path), contextlib.suppress(FileNotFoundError), \
-                self._path.open("rb") as file:
-            yield from json_objects(file)
+    def of_run(self, state: RunState) -> list[Mapping[str, Any]]:
+        run = state.milestone, state.started_at
+        return [e for e in self.entries() if (e.get("milestone"), e.get("run")) == run]
 
 # ==== 13. Telemetry ================================================= [shell]
 class Telemetry:
@@ -1892,10 +1817,13 @@ class Telemetry:
 # ==== 14. Reporting ================================================= [shell]
 # An agent's escape sequences, and characters that turn the direction of reading.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
 def duration_text(seconds: float) -> str:
     """`0:07`, `12:30`, `1:02:03`."""
     return str(timedelta(seconds=int(seconds))).removeprefix("0:").removeprefix("0")
+def question_text(task_id: str, question: Question) -> str:
+    options = [f"  {chr(97 + i)}) {text}" for i, text in enumerate(question.options)]
+    advice = [f"  recommended: {text}" for text in [question.recommendation] if text]
+    return "\n".join([f"Task {task_id} asks: {question.text}", *options, *advice])
 
 def shown(value: Any) -> str:
     """A JSON value for a person: an object as lines, a list of objects as a table."""
@@ -1911,55 +1839,49 @@ def shown(value: Any) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
 
+def _write(stream: TextIO, text: str) -> None:
+    encoding = stream.encoding or "utf-8"    # ASCII under some locales
+    try:
+        stream.write(text.encode(encoding, "replace").decode(encoding))
+        stream.flush()
+    except OSError:              # what is left must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise
+
 class Reporter:
     """The only writer of text: answers to stdout, the rest to stderr."""
-    def __init__(self, out: TextIO, err: TextIO, clock: Clock, *,
-                 environ: Mapping[str, str]) -> None:
+    def __init__(self, out: TextIO, err: TextIO, clock: Clock, term: str = "") -> None:
         self._out, self._err, self._clock = out, err, clock
-        self._is_live = err.isatty() and environ.get("TERM", "") not in ("", "dumb")
+        self._is_live = err.isatty() and term not in ("", "dumb")
         self._form = "%H:%M:%S" if self._is_live else "%Y-%m-%dT%H:%M:%SZ"
         self._erase = self.log_file = ""     # the first takes the live line away
         self._task, self._since, self._told_at = "", 0.0, 0.0
-
-    @staticmethod
-    def _write(stream: TextIO, text: str) -> None:
-        encoding = stream.encoding or "utf-8"    # ASCII under some locales
-        try:
-            stream.write(text.encode(encoding, "replace").decode(encoding))
-            stream.flush()
-        except OSError:              # what is left must not fail again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            raise
 
     def _tell(self, text: str, is_live: bool = False) -> None:
         """On stderr, in place of the live line. If nobody reads, the work goes on."""
         text = _CONTROLS.sub("", text)
         with contextlib.suppress(OSError):
-            self._write(self._err, f"{self._erase}{text}" + "\n" * (not is_live))
+            _write(self._err, f"{self._erase}{text}" + "\n" * (not is_live))
         if self.log_file and not is_live:        # opened anew: it may have been rotated
-            with contextlib.suppress(OSError), open(
-                    self.log_file, "a", encoding="utf-8", errors="replace") as log:
-                log.write(f"{text}\n")
+            with contextlib.suppress(OSError), Path(self.log_file).open("ab") as log:
+                log.write(f"{text}\n".encode(errors="replace"))
         self._erase = "\r\x1b[2K" if is_live else ""
 
     def answer(self, text: str) -> None:
         try:
-            self._write(self._out, f"{_CONTROLS.sub('', text)}\n")
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            raise OrchestratorError(f"stdout: {error.strerror}") from None
+            _write(self._out, f"{_CONTROLS.sub('', text)}\n")
+        except OSError as why:
+            raise OrchestratorError(f"stdout: {why.strerror}", hint="df -h") from why
     def progress(self, message: str, is_live: bool = False) -> None:
         self._told_at = self._clock.monotonic()
         self._tell(f"{self._clock.now():{self._form}} {message}", is_live)
     def error(self, error: OrchestratorError) -> None:
-        hint = f"\n  try: {error.hint}" if error.hint else ""
-        self._tell(f"{PROGRAM}: error: {error}{hint}")
+        self._tell(f"{PROGRAM}: error: {error}\n  try: {error.hint}")
     def begin(self, task_id: str, message: str) -> None:
         self.progress(message)
         self._task, self._since = task_id, self._told_at
-    def tool(self, told: str) -> None:
-        self.progress(f"  {self._task}  {told}")
+    def tool(self, told: str, is_live: bool = False) -> None:
+        self.progress(f"  {self._task}  {told}", is_live)
 
     def countdown(self, left_s: float) -> float:
         """Shows it to who looks; returns after how many seconds to do so again."""
@@ -1972,13 +1894,12 @@ class Reporter:
         now = self._clock.monotonic()
         if now - self._told_at >= (1.0 if self._is_live else 30.0):
             worked, idle = map(duration_text, (now - self._since, idle_s))
-            self.progress(f"  {self._task}  working for {worked}, silent for {idle}",
-                          self._is_live)
+            self.tool(f"working for {worked}, silent for {idle}", self._is_live)
 
 def status_json(state: RunState, plan: Plan | None, is_running: bool) -> dict[str, Any]:
     """A milestone as `status --json` shows it; tasks not begun only with the plan."""
-    titles = {step.id: step.title for step in plan.steps} if plan else {}
-    records = {i: state.record(i) for i in (*titles, *state.tasks)}
+    steps = {s.id: TaskRecord(s.title) for s in plan.steps} if plan else {}
+    records = {**steps, **state.tasks}
     found = {record.status for record in records.values()}
     words = {"running": is_running, "needs_human": TaskStatus.NEEDS_HUMAN in found,
              "failed": TaskStatus.FAILED in found, "waiting": state.wait,
@@ -1987,48 +1908,130 @@ def status_json(state: RunState, plan: Plan | None, is_running: bool) -> dict[st
         "milestone": state.milestone, "plan": state.plan_path, "branch": state.branch,
         "status": next(word for word, applies in words.items() if applies),
         "started_at": state.started_at, "updated_at": state.updated_at,
-        "cost_usd": round(state.cost_usd, 6), "wait": state.wait,
-        "tasks": [{
-            "id": i, "title": r.title or titles.get(i, ""), "status": r.status,
-            "attempts": r.started, "reason": r.reason, "checkpoint": r.checkpoint,
+        "cost_usd": round(state.cost_usd, 6), "wait": state.wait, "tasks": [{
+            "id": i, "title": r.title, "status": r.status, "attempts": r.started,
+            "reason": r.reason, "checkpoint": r.checkpoint,
             "duration_s": round(sum(a.duration_s for a in r.attempts), 3),
             "cost_usd": round(sum(a.cost_usd for a in r.attempts), 6),
             "question": r.question if r.status is TaskStatus.NEEDS_HUMAN else None,
             } for i, r in records.items()]}
 
-def status_text(report: Mapping[str, Any]) -> str:
-    """`status_json` for a person."""
-    rows = [{"task": t["id"], "status": t["status"], "attempts": t["attempts"],
+def status_rows(report: Mapping[str, Any]) -> list[dict[str, object]]:
+    return [{"task": t["id"], "status": t["status"], "attempts": t["attempts"],
              "time": duration_text(t["duration_s"]), "cost": f"${t['cost_usd']:.2f}",
              "title": t["title"]} for t in report["tasks"]]
-    lines = ["{milestone}: {status}, ${cost_usd:.2f}, branch {branch}".format(**report),
-             shown(rows or "no task was begun")]
-    lines += [question_text(t["id"], t["question"]) if t["question"] else
-              f"Task {t['id']}: {t['reason']}"
-              for t in report["tasks"] if t["question"] or t["reason"]]
+
+def left_to_do(report: Mapping[str, Any]) -> str:
+    """Its questions, reasons, waits and the next command."""
+    lines = [question_text(t["id"], t["question"]) if t["question"] else
+             f"Task {t['id']}: {t['reason']}"
+             for t in report["tasks"] if t["question"] or t["reason"]]
     if wait := report["wait"]:
         lines.append(f"Waits until {wait.until or 'a new start'}: {wait.reason}")
-    return "\n".join(lines)
+    after = {"completed": "fetch", "needs_human": "resume --answer TEXT",
+             "running": "status", "failed": "logs"}.get(report["status"], "run")
+    return "\n".join((*lines, f"next: {PROGRAM} {after} {report['plan']}"))
 
-def question_text(task_id: str, question: Question) -> str:
-    lines = [f"Task {task_id} asks: {question.text}"]
-    lines += [f"  {chr(97 + i)}) {text}" for i, text in enumerate(question.options)]
-    advice = question.recommendation
-    lines += [f"  recommended: {advice}"] * bool(advice)
-    return "\n".join(lines)
+def status_text(report: Mapping[str, Any]) -> str:
+    """`status_json` for a person."""
+    told = "{milestone}: {status}, ${cost_usd:.2f}, branch {branch}".format(**report)
+    table = shown(status_rows(report) or "no task was begun")
+    return f"{told}\n{table}\n{left_to_do(report)}"
 
 def readable_events(lines: Iterable[bytes]) -> Iterator[str]:
     """The lines of `logs`: what the agent said, did and got to see."""
-    signs = {"text": "  ", "tool_use": "> ", "tool_result": "< "}
+    signs = {"text": "  ", "tool_use": "> ", "tool_result": "< ", "is_error": "! "}
     for event in json_objects(lines):
         for block in map(_object, _list(_object(event.get("message")).get("content"))):
-            sign = signs.get(kind := _text(block.get("type")))
+            kind = "is_error" if block.get("is_error") else _text(block.get("type"))
             said = block.get("text") or block.get("content")
             told = tool_use(block) if kind == "tool_use" else _text(said) or "\n".join(
                 _text(_object(part).get("text")) for part in _list(said))
-            if sign and told:
-                sign = "! " if block.get("is_error") is True else sign
-                yield textwrap.indent(shortened(told, 4000), sign)
+            if told and kind in signs:
+                yield textwrap.indent(shortened(told, 4000), signs[kind])
+
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'"><title>%s</title><style>
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; display: block; overflow-x: auto }
+td, th { border-bottom: 1px solid #8886; padding: .3rem .6rem; text-align: left }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid #8886;
+ padding-left: .8rem } svg { width: 100%% } text { fill: currentColor }
+rect { fill: #88a } .completed { fill: #2a9d55; color: #2a9d55 }
+.failed { fill: #d0393b; color: #d0393b }
+.needs_human, .answer { fill: #b7791f; color: #b7791f } .answer { opacity: .5 }
+</style><main>%s</main></html>
+"""
+
+def called(line: Mapping[str, Any]) -> str:
+    """A word for a line of the ledger."""
+    return str(line.get("status") or line.get("kind"))
+
+class Html(str):
+    """Markup; whatever else goes into a page is escaped by `element`."""
+
+def element(name: str, *inside: object, **attributes: object) -> Html:
+    """Markup in which what agents wrote is harmless."""
+    told = "".join(f' {key.rstrip("_")}="{html.escape(str(value))}"'
+                   for key, value in attributes.items())
+    parts = (part if isinstance(part, Html) else html.escape(
+        _CONTROLS.sub("", str(part))) for part in inside)
+    return Html(f"<{name}{told}>{''.join(parts)}</{name}>")
+
+def html_table(rows: Sequence[Mapping[str, object]]) -> Html:
+    head = [element("th", key, scope="col") for key in rows[0]]
+    return element("table", element("tr", *head), *(element("tr", *(
+        element("td", value, class_=value if key == "status" else "")
+        for key, value in row.items())) for row in rows))
+
+def timeline(lines: Sequence[Mapping[str, Any]]) -> Html:
+    """A bar for each call, gate and wait for an answer; a task is a row."""
+    bars, rows = [], dict[str, int]()
+    for line in lines:
+        at_s, task = datetime.fromisoformat(line["at"]).timestamp(), str(line["task"])
+        waited_s, worked_s = map(_number, map(line.get, ("waited_s", "duration_s")))
+        bars.append((task, at_s - waited_s, waited_s or worked_s, called(line)))
+        rows.setdefault(task, 24 * len(rows))
+    first_s, last_s = min(b[1] for b in bars), max(b[1] + b[2] for b in bars)
+    scale = 800 / max(1.0, last_s - first_s)
+    drawn = [element("text", task, x=0, y=y + 16) for task, y in rows.items()]
+    drawn += [element(
+        "rect", element("title", f"{task}: {word}, {duration_text(length_s)}"),
+        class_=word, x=f"{150 + (at_s - first_s) * scale:.1f}", y=rows[task] + 4,
+        height=16, width=f"{max(2.0, length_s * scale):.1f}")
+        for task, at_s, length_s, word in bars]
+    return element("svg", *drawn, viewBox=f"0 0 960 {24 * len(rows)}", role="img",
+                   aria_label="Timeline of calls and waits, task by task")
+
+def report_page(report: Mapping[str, Any], plan: Plan, findings: Sequence[str],
+                calls: Sequence[tuple[Mapping[str, Any], str]]) -> str:
+    """A run on one page that needs nothing else: the ledger's lines of `calls`, each
+    with what the agent said and did in it."""
+    title = "{milestone}: {status}, ${cost_usd:.2f}".format(**report)
+    parts = [element("h1", title), element(
+        "p", "{started_at} to {updated_at}, branch {branch}".format(**report)),
+        element("h2", "Left to do"), element("pre", left_to_do(report)),
+        element("h2", "Tasks"), html_table(status_rows(report))]
+    parts += [element("details", element("summary", f"{step.id}: {step.title}"),
+                      element("pre", step.text)) for step in plan.steps]
+    if calls:
+        parts += [element("h2", "Timeline"), timeline([line for line, _ in calls]),
+                  element("h2", "Calls, gates and answers")]
+    for line, told in calls:
+        tokens, word = sum(_object(line.get("tokens")).values()), called(line)
+        about = (f"{line['rule']}, {tokens} tokens, ${_number(line['cost_usd']):.2f}"
+                 if "rule" in line else "")
+        texts = map(line.get, ("question", "answer", "evidence", "fix_plan"))
+        parts.append(element("details", element(
+            "summary", f"{line['at'][:19]} {line.get('task')} ",
+            element("b", word, class_=word), f" {about}"),
+            *(element("pre", text) for text in (*texts, told) if text)))
+    weak = [element("li", finding) for finding in findings]
+    parts += [element("h2", "Weakened tests"), element("ul", *weak)] * bool(weak)
+    return _PAGE % (html.escape(title), "\n".join(parts))
 
 # ==== 15. Escalation desk ============================================ [flow]
 @dataclass(frozen=True, slots=True)
@@ -2045,24 +2048,10 @@ class Crew:
     clock: Clock
     config: Config
 
-def ask_person(crew: Crew, task_id: str, question: Question) -> str | None:
-    """The answer in words; None: nobody is there, or they want to answer later."""
-    crew.reporter.progress(question_text(task_id, question))
-    skip = "Enter or skip (as recommended), " if question.recommendation else ""
-    while crew.terminal.is_interactive():
-        line = crew.terminal.ask(f"Answer, letter, {skip}later: ")
-        if line is None or line.strip().lower() == "later":
-            return None
-        if answer := chosen_answer(line, question):
-            return answer
-    if answer := recommended(crew.config, question):
-        crew.reporter.progress(f"nobody is here, so as recommended: {answer}")
-    return answer or None
-
-def recommended(config: Config, question: Question) -> str:
-    """What --on-question recommend answers; not to what only a person can put right."""
-    answer = question.recommendation
-    return answer if config.on_question == "recommend" and answer != CURED else ""
+def questions(state: RunState) -> dict[str, Question]:
+    """Those that wait for an answer, by task."""
+    return {i: record.question for i, record in state.tasks.items() if record.question
+            and record.status is TaskStatus.NEEDS_HUMAN and not record.answer}
 
 def chosen_answer(line: str, question: Question) -> str:
     """An option by letter or number, the recommendation for 'skip' or '', or words."""
@@ -2070,22 +2059,6 @@ def chosen_answer(line: str, question: Question) -> str:
              for name in (str(i + 1), chr(97 + i))}
     named |= dict.fromkeys(("", "skip"), question.recommendation)
     return named.get(line.strip().lower().rstrip(")."), line.strip())
-
-# ==== 16. Task runner ================================================ [flow]
-_Judge = Callable[[AgentResult], Verdict]
-def left_to_wait_s(wait: Wait, now: datetime) -> float:
-    until = wait.until or stamp(now)
-    return (datetime.fromisoformat(until) - now).total_seconds()
-def git_name(text: str) -> str:
-    """A text as one component of a ref."""
-    return re.sub(r"[^A-Za-z0-9_-]+", ".", text).strip(".").replace(".lock", "") or "x"
-def ref(milestone: str, kind: str, name: str) -> str:
-    """Where a checkpoint or rejected work of a milestone stays reachable."""
-    return f"refs/orchestrator/{git_name(milestone)}/{kind}/{git_name(name)}"
-def questions(state: RunState) -> dict[str, Question]:
-    """Those that wait for an answer, by task."""
-    return {i: record.question for i, record in state.tasks.items() if record.question
-            and record.status is TaskStatus.NEEDS_HUMAN and not record.answer}
 
 def answered(state: RunState, task_id: str, answer: str, store: StateStore,
              ledger: Ledger, clock: Clock) -> RunState:
@@ -2098,13 +2071,59 @@ def answered(state: RunState, task_id: str, answer: str, store: StateStore,
         "answer": shortened(answer), "waited_s": round(waited.total_seconds(), 3)})
     return store.save(state.updated(task_id, answer=answer))
 
+def ask_person(crew: Crew, state: RunState, task_id: str) -> RunState:
+    """With the answer, unless nobody is there, or they want to answer later."""
+    question, answer = questions(state)[task_id], ""
+    crew.reporter.progress(question_text(task_id, question))
+    advice = question.recommendation
+    skip = "Enter or skip (as recommended), " if advice else ""
+    while crew.terminal.is_interactive() and not answer:
+        line = crew.terminal.ask(f"Answer, letter, {skip}later: ")
+        if line is None or line.strip().lower() == "later":
+            return state
+        answer = chosen_answer(line, question)
+    if not answer and crew.config.on_question == "recommend" and (answer := advice):
+        crew.reporter.progress(f"nobody is here, so as recommended: {answer}")
+    return state if not answer else answered(
+        state, task_id, answer, crew.store, crew.ledger, crew.clock)
+
+# ==== 16. Task runner ================================================ [flow]
+_Judge = Callable[[AgentResult], Verdict]
+def left_to_wait_s(wait: Wait, now: datetime) -> float:
+    return (datetime.fromisoformat(wait.until or stamp(now)) - now).total_seconds()
+def git_name(text: str) -> str:
+    """A text as one component of a ref."""
+    return re.sub(r"[^A-Za-z0-9_-]+", ".", text).strip(".").replace(".lock", "") or "x"
+def ref(milestone: str, kind: str, name: str) -> str:
+    """Where a checkpoint or rejected work of a milestone stays reachable."""
+    return f"refs/orchestrator/{git_name(milestone)}/{kind}/{git_name(name)}"
+def money_reason(config: Config, state: RunState) -> str:
+    """Why no call may be made any more, or ''."""
+    told = f"money limit: ${state.cost_usd:.2f} spent of ${config.max_cost_usd:.2f}"
+    return told if 0 < config.max_cost_usd <= state.cost_usd else ""
+def in_flight(record: TaskRecord) -> str:
+    """The last attempt's verdict, while its uncommitted work is in the workspace."""
+    judged = (a.status for a in record.attempts if a.number == record.started)
+    return next(judged, "") if record.base else ""
+def without_work(state: RunState) -> RunState:
+    """The state when the workspace goes back under whatever was in flight."""
+    return replace(state, tasks={i: r if r.status is TaskStatus.COMPLETED else replace(
+        r, base="", session_id="") for i, r in state.tasks.items()})
+
+def stop_reason(config: Config, state: RunState, task_id: str) -> str:
+    """Why the task must not be tried again, or ''. A failed E2E run is no reason."""
+    record, limit = state.record(task_id), config.max_attempts
+    cut = record.started - len(record.attempts)
+    told = f"{cut} runs were cut short, limit {limit}" if cut >= limit else ""
+    return money_reason(config, state) or (
+        told if task_id == E2E_ID else detect_loop(record, config))
+
 class TaskRunner:
     """Attempts one task until it is completed, stuck, or waits for a person. The next
     step is chosen by what the last one saved, after a crash too."""
     def __init__(self, crew: Crew, plan: Plan, guidance: str = "") -> None:
-        self._crew, self._plan, self._config = crew, plan, crew.config
-        self._save, self._tell = crew.store.save, crew.reporter.progress
-        self._guidance = guidance
+        self._crew, self._config, self._save = crew, crew.config, crew.store.save
+        self._plan, self._guidance, self._tell = plan, guidance, crew.reporter.progress
         self._outages = self._losses = 0     # in a row, in this process
         self._is_clean = False       # the workspace is known to stand at the checkpoint
 
@@ -2113,15 +2132,12 @@ class TaskRunner:
         crew, name = self._crew, "e2e_test" if task.id == E2E_ID else "task"
         with crew.telemetry.span(name, task=task.id, title=task.title) as note:
             while True:
-                if asked := questions(state).get(task.id):
-                    if (answer := ask_person(crew, task.id, asked)) is None:
-                        break
-                    state = answered(
-                        state, task.id, answer, crew.store, crew.ledger, crew.clock)
-                else:
+                if task.id not in questions(state):
                     state = self._step(state, task)
+                if task.id in questions(state):
+                    state = ask_person(crew, state, task.id)
                 if state.record(task.id).status in OVER or (
-                        questions(state).keys() & state.fixes.keys() - {task.id}):
+                        questions(state).keys() & {task.id, *state.fixes}):
                     break
             note({"orchestrator.status": state.record(task.id).status.value})
         return state
@@ -2170,23 +2186,22 @@ class TaskRunner:
         session = old.attempts[-1].session_id if is_answered else old.session_id
         prompt = task_prompt(self._plan, task, replace(old, started=old.started + 1),
                              max_attempts=config.max_attempts, guidance=self._guidance)
-        if not session:
-            state = self._roll_back(state, task)
+        if session:
+            answer = f"{old.answer}\n\n{self._guidance}" if is_answered else ""
+            prompt = resumed_prompt(prompt.partition("\n")[0], answer)
         else:
-            prompt = resumed_prompt(prompt.partition("\n")[0], (
-                f"{old.answer}\n\n{self._guidance}" if is_answered else ""))
+            state = self._roll_back(state, task)
         state, verdict = self._ask(state, task, prompt, VERDICT_SCHEMA, judge, session)
         if verdict is None:
             return state
-        asked, words = old.question, [a.status for a in state.record(task.id).attempts]
-        if is_answered and asked and verdict.question and similarity(
-                verdict.question.text, asked.text) >= config.error_similarity:
-            return self._fail(state, task, f"{ASKS_AGAIN}: {asked.text}")
+        if is_answered and old.question and verdict.question and similarity(
+                verdict.question.text, old.question.text) >= config.error_similarity:
+            return self._fail(state, task, f"{ASKS_AGAIN}: {old.question.text}")
         if session and verdict.rule == MISSING_SESSION:      # a new one gets the answer
             state = state.updated(task.id, base="", started=old.started,
                                   attempts=old.attempts)
-        elif (verdict.status is VerdictStatus.NEEDS_HUMAN
-              and words.count(verdict.status) < MAX_QUESTIONS):
+        elif verdict.status is VerdictStatus.NEEDS_HUMAN and not detect_loop(
+                state.record(task.id), config):      # there may be too many questions
             state = state.updated(task.id, status=TaskStatus.NEEDS_HUMAN, answer="",
                                   question=verdict.question)
         return self._save(state)
@@ -2195,9 +2210,8 @@ class TaskRunner:
         return self._save(state.updated(task.id, **changes))
     def _fail(self, state: RunState, task: Task, reason: str) -> RunState:
         self._tell(f"Task {task.id} failed: {shortened(reason)}")
-        return self._roll_back(self._put(
-            state, task, title=task.title, status=TaskStatus.FAILED,
-            reason=shortened(reason)), task)
+        return self._roll_back(self._put(state, task, status=TaskStatus.FAILED,
+                                         reason=shortened(reason)), task)
 
     def _roll_back(self, state: RunState, task: Task) -> RunState:
         """The workspace at the last checkpoint; what stood there is kept in a ref."""
@@ -2208,8 +2222,7 @@ class TaskRunner:
         kept = ref(state.milestone, "rejected", f"{task.id}-{record.started}")
         while sandbox.has_commit(kept):      # numbers come again, refs must not
             kept += "_"
-        sandbox.rollback(state.branch, state.head, ref=kept,
-                         message=f"Rejected: task {task.id}, attempt {record.started}")
+        sandbox.rollback(state.branch, state.head, ref=kept, message=kept)
         self._is_clean = True
         *others, last = record.attempts or (None,)
         if not last or last.number != record.started or sandbox.has_commit(kept):
@@ -2221,9 +2234,8 @@ class TaskRunner:
         which = f"run {number}" if task.id == E2E_ID else f"attempt {number} of {limit}"
         self._is_clean = False
         self._crew.reporter.begin(task.id, f"Task {task.id}: {task.title} ({which})")
-        return self._put(
-            state, task, title=task.title, sha256=task.sha256, reason="",
-            status=TaskStatus.RUNNING, started=number, session_id="")
+        return self._put(state, task, title=task.title, sha256=task.sha256, reason="",
+                         status=TaskStatus.RUNNING, started=number, session_id="")
 
     def _ask(self, state: RunState, task: Task, prompt: str, schema: Mapping[str, Any],
              judged: _Judge, session_id: str = "") -> tuple[RunState, Verdict | None]:
@@ -2233,7 +2245,9 @@ class TaskRunner:
             state, task, judged, {}, prompt=prompt, schema=schema, model=task.model,
             session_id=session_id, timeout_s=task.timeout_s)
         if problem := outage(result):
-            return self._put_off(state, task, problem, result.session_id), None
+            state = state.updated(task.id, session_id=result.session_id,
+                                  started=state.record(task.id).started - 1)
+            return self._put_off(state, task, problem), None
         if config.interpreter and verdict.rule.startswith("text_") and not (
                 money_reason(config, state)):
             prompt = interpreter_prompt(self._plan, task, result.text)
@@ -2253,10 +2267,11 @@ class TaskRunner:
         """One call, in the ledger with `more`. Raises what stopped it, uncounted."""
         crew, limit_usd = self._crew, self._config.max_cost_usd
         number, at = state.record(task.id).started, stamp(crew.clock.now())
+        transcript = crew.store.new_transcript(task.id, number)
         try:
             with crew.telemetry.span("claude_invoke", task=task.id) as note:
                 result, stopped = crew.agent.ask(
-                    transcript=crew.store.new_transcript(task.id, number),
+                    transcript=transcript,
                     budget_usd=limit_usd and limit_usd - state.cost_usd, **options)
                 note({"gen_ai.conversation.id": result.session_id,
                       "gen_ai.usage.output_tokens": result.usage.output,
@@ -2269,13 +2284,12 @@ class TaskRunner:
                 number, at, round(result.duration_s, 3), result.ended, word, rule,
                 shortened(evidence), result.session_id, result.turns,
                 round(result.usage.cost_usd, 6), verdict.fix_plan, state.head)
-            self._book(state, task, attempt, result, **more)
+            self._book(state, task, attempt, result, transcript=transcript.name, **more)
             state = replace(state, cost_usd=state.cost_usd + attempt.cost_usd)
             if stopped:
                 raise stopped
-        except (Interrupted, SandboxError) as error:     # neither is the task's fault
-            charge = isinstance(error, Interrupted) and not error.by_hand
-            self._put(state, task, started=number - (not charge))
+        except (Interrupted, SandboxError) as error:     # free, but for SIGTERM, SIGHUP
+            self._put(state, task, started=number - getattr(error, "by_hand", True))
             raise
         self._tell(f"  {task.id}  {word} by rule {rule} after "
                    f"{duration_text(result.duration_s)}, ${attempt.cost_usd:.2f}: "
@@ -2285,29 +2299,25 @@ class TaskRunner:
     def _book(self, state: RunState, task: Task, attempt: Attempt,
               result: AgentResult = AgentResult(), **more: Any) -> None:
         """One line of the ledger: what a call or a gate was for, gave and cost."""
-        said, models = asdict(attempt), result.models.items()
+        said, models = asdict(attempt), asdict(result)["models"]
         self._crew.ledger.append({
             "v": 1, "at": said.pop("started_at"), "milestone": state.milestone,
             "run": state.started_at, "task": task.id, "attempt": said.pop("number"),
-            **said, "tokens": result.usage.tokens, "models": {
-                name: asdict(usage) for name, usage in models}, **more})
+            **said, "tokens": result.usage.tokens, "models": models, **more})
 
-    def _put_off(self, state: RunState, task: Task, problem: Outage,
-                 session_id: str) -> RunState:
-        """The wait saved, the attempt uncounted; a question if none is a cure."""
-        config, now_s = self._config, self._crew.clock.now().timestamp()
-        state = state.updated(task.id, started=state.record(task.id).started - 1)
+    def _put_off(self, state: RunState, task: Task, problem: Outage) -> RunState:
+        """The wait saved, or a question if none is a cure. Raises OutageError."""
+        now_s = self._crew.clock.now().timestamp()
         if problem.kind is OutageKind.PERSON:
             told = f"Claude Code cannot work: {problem.reason}"
             return self._put(state, task, status=TaskStatus.NEEDS_HUMAN, answer="",
-                             question=Question(told, (CURED,), CURED))
+                             question=Question(told, (CURED,)), session_id="")
         self._outages += 1
-        wait_s = retry_delay_s(problem, self._outages, now_s, config)
+        wait_s = retry_delay_s(problem, self._outages, now_s, self._config)
         until_s = now_s + wait_s if wait_s is not None else (
             problem.resets_at and problem.resets_at + LIMIT_MARGIN_S)
         until = stamp(datetime.fromtimestamp(until_s, UTC)) if until_s else ""
-        state = self._put(replace(state, wait=Wait(problem.reason, until)), task,
-                          session_id=session_id)
+        state = self._save(replace(state, wait=Wait(problem.reason, until)))
         if wait_s is None:
             raise OutageError(f"the API is not available: {problem.reason}",
                               hint=f"start again after {until or 'a while'}")
@@ -2338,35 +2348,11 @@ class TaskRunner:
         self._tell(f"  {task.id}  {told}")
         return "" if how == "exit 0" else f"{told}\n{shortened(done.output)}"
 
-def money_reason(config: Config, state: RunState) -> str:
-    """Why no call may be made any more, or ''."""
-    told = f"money limit: ${state.cost_usd:.2f} spent of ${config.max_cost_usd:.2f}"
-    return told if 0 < config.max_cost_usd <= state.cost_usd else ""
-
-def stop_reason(config: Config, state: RunState, task_id: str) -> str:
-    """Why the task must not be tried again, or ''. A failed E2E run is no reason."""
-    record, limit = state.record(task_id), config.max_attempts
-    cut = record.started - len(record.attempts)
-    told = f"{cut} runs were cut short, limit {limit}" if cut >= limit else ""
-    return money_reason(config, state) or (
-        told if task_id == E2E_ID else detect_loop(record, config))
-
-def in_flight(record: TaskRecord) -> str:
-    """The last attempt's verdict, while its uncommitted work is in the workspace."""
-    judged = (a.status for a in record.attempts if a.number == record.started)
-    return next(judged, "") if record.base else ""
-
-def without_work(state: RunState) -> RunState:
-    """The state when the workspace goes back under whatever was in flight."""
-    return replace(state, tasks={
-        i: record if record.status is TaskStatus.COMPLETED else replace(
-            record, base="", session_id="") for i, record in state.tasks.items()})
-
 # ==== 17. E2E runner ================================================= [flow]
 class E2ERunner(TaskRunner):
-    """The scenario by a fresh session: run again, since it may be flaky, then fixed,
-    until it passes or only a person can settle it. Gates outrank the session's word."""
+    """The scenario: run again, since it may be flaky, then fixed or put to a person."""
     _green_at = ""               # the commit at which all tasks' gates have passed
+
     def _settle(self, state: RunState, task: Task) -> RunState | None:
         """What the runs on this checkpoint lead to; None: to a run."""
         record, config = state.record(E2E_ID), self._config
@@ -2406,40 +2392,39 @@ class E2ERunner(TaskRunner):
         sessions = sum(bool(a.session_id) for a in runs)
         prompt = e2e_prompt(self._plan, task, sessions + 1, red)
         state, verdict = self._ask(state, task, prompt, E2E_SCHEMA,
-                                   lambda result: judge_e2e(result, red))
+                                   lambda result: judge(result, "e2e_status", red))
         if verdict is None:
             return state
         asked = verdict.question or Question(verdict.evidence)
-        ways = (*asked.options, PASSED_BY_HAND, SKIPPED_BY_HAND)
         is_unclear = verdict.status is VerdictStatus.NEEDS_HUMAN
         status = TaskStatus.NEEDS_HUMAN if is_unclear else TaskStatus.RUNNING
-        return self._put(state, task, status=status, answer="",
-                         question=replace(asked, options=ways))
+        return self._put(state, task, status=status, answer="", question=replace(
+            asked, options=(*asked.options, PASSED_BY_HAND, SKIPPED_BY_HAND)))
 
     def _red(self, state: RunState, task: Task) -> str:
         """What fails of the tasks' gates, passed once, or of the scenario's; or ''."""
         self._is_clean = False
         tasks = [t for t in self._plan.tasks if state.record(t.id).checkpoint]
-        for t in (*tasks, task) if self._green_at != state.head else (task,):
-            is_named = t is not task or self._config.e2e_bisect == "yes"
-            for gate in t.gates:
-                if told := self._gate(gate, t):
-                    broke = self._breaker(state, t, gate) if is_named else ""
-                    first = f"first broken by task {broke}: " if broke else ""
-                    return f"{first}task {t.id}'s {told}"
-            if t is self._plan.tasks[-1]:
-                self._green_at = state.head
+        for step in (*tasks, task) if self._green_at != state.head else (task,):
+            self._green_at = state.head if step is task else self._green_at
+            for gate in step.gates:
+                if told := self._gate(gate, step):
+                    return f"{self._breaker(state, step, gate)}task {step.id}'s {told}"
         return ""
 
     def _breaker(self, state: RunState, task: Task, gate: str) -> str:
-        """Whose checkpoint first fails a gate that passed before; '': it never did."""
-        def fails(at: tuple[str, TaskRecord]) -> bool:
-            self._crew.sandbox.visit(at[1].checkpoint)
+        """Tells whose checkpoint first fails a gate; '' if none before it passed. Goes
+        back one by one: a scenario's gate may fail before its feature is there, too."""
+        def fails(task_id: str) -> bool:
+            self._crew.sandbox.visit(state.record(task_id).checkpoint)
             return bool(self._gate(gate, task))
-        done = [(i, r) for i, r in state.tasks.items() if r.checkpoint][::-1]
-        broken = [i for i, _ in itertools.takewhile(fails, done)]
+        if task.id == E2E_ID and self._config.e2e_bisect == "no":
+            return ""
+        done = [i for i, record in state.tasks.items() if record.checkpoint]
+        broken = [*itertools.takewhile(fails, reversed(done))]
         self._crew.sandbox.visit(state.branch)
-        return broken[-1] if 0 < len(broken) < len(done) else ""
+        is_known = 0 < len(broken) < len(done)
+        return f"first broken by task {broken[-1]}: " if is_known else ""
 
     def _fix(self, state: RunState, task: Task, fix_plan: str) -> RunState:
         """A task of its own, with one attempt; its gates are those of all tasks."""
@@ -2449,45 +2434,39 @@ class E2ERunner(TaskRunner):
         if reason := money_reason(self._config, state) or number > limit and (
                 f"it fails after {limit} fixes, limit {limit}: {last.evidence}"):
             return self._fail(state, task, reason)
-        told = (f"Fix {i.removeprefix(FIX_ID)} was taken back: {a.evidence}"
-                for i, fix in fixes.items() for a in fix.attempts
-                if fix.status is TaskStatus.FAILED)
+        told = (f"{fix.title} was taken back: {a.evidence}" for fix in fixes.values()
+                for a in fix.attempts if fix.status is TaskStatus.FAILED)
         texts = (f"The scenario fails: {last.evidence}", f"Fix: {fix_plan}", *told)
         gates = dict.fromkeys(gate for t in self._plan.tasks for gate in t.gates)
         fix = replace(task, id=f"{FIX_ID}{number}", title=f"E2E fix {number}",
                       text="\n\n".join((*texts, task.text)), gates=tuple(gates))
         crew = replace(self._crew, config=replace(self._config, max_attempts=1))
-        self._is_clean = False
         state = TaskRunner(crew, self._plan).run(state, fix)
-        self._green_at = state.head      # else the fix would have been taken back
+        if state.record(fix.id).status is TaskStatus.COMPLETED:
+            self._green_at = state.head
         return state
 
 # ==== 18. Milestone runner =========================================== [flow]
-class GuardRunner(TaskRunner):
-    """Has a person accept weakened tests, or reject them."""
-    def _step(self, state: RunState, task: Task) -> RunState:
-        if answer := state.record(task.id).answer:
-            status = TaskStatus.COMPLETED if answer == ACCEPTED else TaskStatus.FAILED
-            reason = f"a person said: {answer}"
-            return self._put(state, task, status=status, reason=reason)
-        asked = Question(f"Tests say less now: {task.text}", (ACCEPTED, "reject"))
-        return self._put(state, task, status=TaskStatus.NEEDS_HUMAN, question=asked)
-
 def _guarded(crew: Crew, plan: Plan, state: RunState) -> RunState:
-    """Weakened tests are told; --guard strict leaves them to a person."""
+    """Weakened tests are told; --guard strict has a person accept or reject them."""
     gates = (gate for step in plan.steps for gate in step.gates)
     findings = weakened(crew.sandbox.diff(state.base, state.head), gates)
     for finding in findings:
         crew.reporter.progress(f"guard: {finding}")
-    if state.guarded != state.head:          # consent was to what was found then
-        kept = {i: record for i, record in state.tasks.items()
-                if i != GUARD_ID or findings == state.findings}
-        state = crew.store.save(replace(
-            state, findings=findings, guarded=state.head, tasks=kept))
-    if crew.config.guard != "strict" or not findings:
-        return state
-    step = Task(GUARD_ID, "Weakened tests", 0, 0, "; ".join(findings))
-    return GuardRunner(crew, plan).run(state, step)
+    asked = Question(f"Tests say less now: {'; '.join(findings)}", (ACCEPTED, "reject"))
+    tasks = dict(state.tasks)
+    record = tasks.pop(GUARD_ID, TaskRecord())
+    if record.question != asked:             # consent was to what was found then
+        record = TaskRecord(status=TaskStatus.NEEDS_HUMAN, question=asked)
+    if crew.config.guard == "strict" and findings:
+        tasks[GUARD_ID] = record
+    state = replace(state, findings=findings, guarded=state.head, tasks=tasks)
+    if GUARD_ID in questions(state):
+        state = ask_person(crew, crew.store.save(state), GUARD_ID)
+    if answer := state.record(GUARD_ID).answer:
+        word = TaskStatus.COMPLETED if answer == ACCEPTED else TaskStatus.FAILED
+        state = state.updated(GUARD_ID, status=word, reason=f"a person said: {answer}")
+    return crew.store.save(state)
 
 def _begun(crew: Crew, state: RunState) -> RunState:
     """Sandbox ready, on the milestone's branch; what a crash left accounted for."""
@@ -2501,9 +2480,7 @@ def _begun(crew: Crew, state: RunState) -> RunState:
         sandbox.recover(state.branch, state.head)
     if sandbox.sh('git merge-base --is-ancestor "$1" HEAD', state.head).exit_code:
         state = without_work(state)      # somebody reset the workspace meanwhile
-    run = state.milestone, state.started_at
-    spent_usd = sum(_number(e.get("cost_usd")) for e in crew.ledger.entries()
-                    if (e.get("milestone"), e.get("run")) == run)
+    spent_usd = sum(_number(e.get("cost_usd")) for e in crew.ledger.of_run(state))
     return replace(state, cost_usd=max(state.cost_usd, spent_usd))
 
 def run_milestone(crew: Crew, plan: Plan, state: RunState, task: Task | None = None,
@@ -2533,20 +2510,18 @@ def with_plan_changes(state: RunState, plan: Plan) -> tuple[RunState, tuple[str,
     kept = {i: record for i, record in old if record.sha256 == texts.get(i)
             or i in done or i.startswith(FIX_ID)}
     told = [f"{plan.path} was changed since the milestone started"]
-    told += [f"task {i} is completed, but its text was edited since; `task {plan.path} "
-             f"{i}` does it again" if i in done else
-             f"task {i} was edited; its attempts start anew"
+    told += [f"task {i} is completed, but edited; `task {plan.path} {i}` does it again"
+             if i in done else f"task {i} was edited; its attempts start anew"
              for i, record in old if record.sha256 != texts.get(i, record.sha256)]
     return replace(state, tasks=kept, plan_sha256=plan.sha256), tuple(told)
 
 def exit_code(plan: Plan, state: RunState) -> ExitCode:
     """What a milestone's state means to the shell."""
     steps = {step.id for step in plan.steps} | {GUARD_ID} & state.tasks.keys()
-    parked = questions(state).keys() & state.fixes.keys()
-    statuses = {state.record(i).status for i in steps | parked}
-    if TaskStatus.NEEDS_HUMAN in statuses:
+    if questions(state).keys() & (steps | state.fixes.keys()):
         return ExitCode.NEEDS_HUMAN
-    return ExitCode.OK if statuses <= {TaskStatus.COMPLETED} else ExitCode.FAILED
+    is_done = {state.record(i).status for i in steps} <= {TaskStatus.COMPLETED}
+    return ExitCode.OK if is_done else ExitCode.FAILED
 
 # ==== 19. Command line ================================================ [cli]
 @dataclass(frozen=True, slots=True)
@@ -2554,7 +2529,6 @@ class World:
     """What a command works with: arguments, settings, and the outside."""
     args: argparse.Namespace
     config: Config
-    sources: Mapping[str, str]
     environ: Mapping[str, str]
     clock: Clock
     processes: Processes
@@ -2562,41 +2536,40 @@ class World:
     reporter: Reporter
 
     def store(self, milestone: str) -> StateStore:
-        return StateStore(self.config.state_dir, milestone, self.clock)
+        return StateStore(Path(self.config.state_dir), milestone, self.clock)
     def lock(self, milestone: str) -> RunLock:
-        return RunLock(self.config.state_dir / f"{milestone}.lock", self.clock)
+        return RunLock(Path(self.config.state_dir, f"{milestone}.lock"), self.clock)
     def ledger(self) -> Ledger:
-        return Ledger(self.config.state_dir / "ledger.jsonl")
+        return Ledger(Path(self.config.state_dir, "ledger.jsonl"))
 
     def sandbox(self, state: RunState) -> DockerSandbox | LocalSandbox:
         """The kind the milestone was started in, unless a setting says otherwise."""
-        told = state if self.sources["sandbox"] == "default" else self.config
-        more = retry_variables(self.config, self.environ)
-        return self.docker(**more) if told.sandbox == "docker" else LocalSandbox(
+        told = state if self.args.sources["sandbox"] == "default" else self.config
+        return self.docker() if told.sandbox == "docker" else LocalSandbox(
             self.processes, self.clock, repo=Path(self.config.repo),
             folder=self.store(state.milestone).folder / "workspace",
-            environ={**self.environ, **more})
+            environ=self.environ)
 
-    def docker(self, **more: str) -> DockerSandbox:
+    def docker(self) -> DockerSandbox:
         return DockerSandbox(
-            self.processes, self.clock, environ={**self.environ, **more},
+            self.processes, self.clock, environ=self.environ,
             compose_files=self.config.compose_files, key_by=self.config.key_by)
-    def run(self, *argv: str, **options: Any) -> ProcessResult:
+    def git(self, *args: str, **options: Any) -> ProcessResult:
+        argv = ("git", "-C", self.args.into or self.config.repo, *args)
         return self.processes.run(Command(argv=argv), **options)
     def show(self, value: Any, text: str = "") -> None:
-        told = json.dumps(value, indent=2, default=asdict)
-        text = text or shown(json.loads(told))
-        self.reporter.answer(told if self.args.json else text)
+        raw = json.dumps(value, indent=2, default=asdict)
+        self.reporter.answer(raw if self.args.json else text or shown(json.loads(raw)))
 
 def contents(name: str | Path) -> bytes:
-    """Of a file that a person named, - for standard input. Raises UsageError."""
-    try:
+    """Of a file that a person named, - for standard input. Raises StateError."""
+    with disk(Path(name), "name a file"):
         return Path("/dev/stdin" if str(name) == "-" else name).read_bytes()
-    except OSError as error:
-        raise UsageError(f"{name}: {error.strerror}", hint="name a file") from None
-
 def named_plan(name: str) -> Plan:
     return parse_plan(decode_plan(contents(name), path=Path(name)), path=Path(name))
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"{self.prog} --help")
 
 def cmd_run(world: World) -> ExitCode:
     """`run`, `resume` and `task`."""
@@ -2613,28 +2586,25 @@ def cmd_run(world: World) -> ExitCode:
         if (code := at_once(world, part, state)) is None:
             state = work(world, plan, state, task)
             code = exit_code(part, state)
-            if code is ExitCode.OK and not task:
-                create_pr(world, plan, state)
+        if code is ExitCode.OK and not task:
+            create_pr(world, plan, state)
         return code
 
 def at_once(world: World, part: Plan, state: RunState) -> ExitCode | None:
     """The exit status of a start that can do nothing, with its one line; else None."""
-    config, task_id = world.config, world.args.id
+    config, task_id, wait = world.config, world.args.id, state.wait
     if not task_id and exit_code(part, state) is ExitCode.OK and (
             state.guarded == state.head):
         world.reporter.progress("the milestone is completed; --fresh starts over")
-        if world.args.create_pr:
-            create_pr(world, part, state)
         return ExitCode.OK
     step = task_id or next((s.id for s in part.steps if state.record(
         s.id).status is not TaskStatus.COMPLETED), GUARD_ID)
     for i, asked in () if world.terminal.is_interactive() else questions(state).items():
-        if (i == step or step == E2E_ID and i.startswith(FIX_ID)) and not recommended(
-                config, asked):
+        if (i == step or step == E2E_ID and i.startswith(FIX_ID)) and not (
+                config.on_question == "recommend" and asked.recommendation):
             text = shortened(" ".join(asked.text.split()), 160)
             world.reporter.progress(f"task {i} asks: {text}; see status {part.path}")
             return ExitCode.NEEDS_HUMAN
-    wait = state.wait
     if wait and left_to_wait_s(wait, world.clock.now()) > config.limit_wait_s:
         raise OutageError(f"the API is not available: {wait.reason}",
                           hint=f"start again after {wait.until}")
@@ -2682,11 +2652,10 @@ def work(world: World, plan: Plan, state: RunState, task: Task | None) -> RunSta
             for part in shlex.split(config.claude)))
     telemetry = Telemetry(world.environ, reporter.progress)
     notifier = Notifier(world.processes, config, reporter.progress)
-    crew = Crew(
-        ClaudeAgent(sandbox, config, lambda path: Transcript(
-            path, reporter.tool, reporter.silence, config.max_repeats)),
-        sandbox, world.store(plan.milestone), world.ledger(), world.terminal, notifier,
-        reporter, telemetry, world.clock, config)
+    agent = ClaudeAgent(sandbox, config, lambda path: Transcript(
+        path, reporter.tool, reporter.silence, config.max_repeats))
+    crew = Crew(agent, sandbox, world.store(plan.milestone), world.ledger(),
+                world.terminal, notifier, reporter, telemetry, world.clock, config)
     try:
         with contextlib.closing(telemetry), contextlib.closing(sandbox), \
                 telemetry.span("milestone", milestone=plan.milestone):
@@ -2694,12 +2663,10 @@ def work(world: World, plan: Plan, state: RunState, task: Task | None) -> RunSta
     except (SandboxError, OutageError, StateError) as error:
         notifier.tell("interrupted", plan.milestone, f"{error}; {error.hint}")
         raise
-    report = status_json(state, plan, False)
-    told, status = status_text(report), str(report["status"])
-    notifier.tell(status.replace("needs_human", "question"), plan.milestone, told)
-    after = {"completed": "fetch", "needs_human": "resume --answer TEXT"}
-    told += f"\nnext: {PROGRAM} {after.get(status, 'logs')} {plan.path}"
-    with contextlib.suppress(BrokenPipeError, OrchestratorError):    # nobody reads it
+    told = status_text(report := status_json(state, plan, False))
+    event = str(report["status"]).replace("needs_human", "question")
+    notifier.tell(event, plan.milestone, told)
+    with contextlib.suppress(OrchestratorError):     # nobody reads it
         reporter.answer(told)
     return state
 
@@ -2711,24 +2678,21 @@ def cmd_check(world: World) -> ExitCode:
                   for key, value in task.items()} for task in report["tasks"]]
         world.show(report, shown(report | {"tasks": tasks}))
         return ExitCode.USAGE if plan.errors else ExitCode.OK
-    config, docker = world.config, world.docker()
-    claude = (*shlex.split(config.claude), "--version")
+    config, docker, run = world.config, world.docker(), world.processes.run
+    git, claude = ("git", "--version"), (*shlex.split(config.claude), "--version")
     inside = docker.composed("exec", "-T", *docker.variables, "sandbox").argv
-    commands = {"git": ("git", "--version")} | ({"claude": claude} if
-        config.sandbox == "local" else {
-            "engine": ("docker", "version", "--format", "{{.Server.Version}}"),
-            "claude in the sandbox": (*inside, *claude),
-            "repository in the sandbox": (*inside, "git", "log", "-1"),
-            "volumes in the sandbox": (*inside, "workspace.py", "check"),
-            "API from the sandbox": (*inside, "workspace.py", "reach")})
-    probes = []
-    for name, argv in commands.items():      # env says which program is missing
-        done = world.run("/usr/bin/env", *argv, timeout_s=20.0)
-        probes.append({"name": name, "ok": done.exit_code == 0,
-                       "told": (done.output or done.ended).splitlines()[-1]})
-    values = asdict(config) | {"state_dir": str(config.state_dir)}
-    settings = [{"name": name, "value": value, "source": world.sources[name]}
-                for name, value in values.items()]
+    commands = {"git": git, "claude": claude} if config.sandbox == "local" else {
+        "git": git, "engine": ("docker", "version", "--format", "{{.Server.Version}}"),
+        "claude in the sandbox": (*inside, *claude),
+        "repository in the sandbox": (*inside, "git", "log", "-1"),
+        "volumes in the sandbox": (*inside, "workspace.py", "check"),
+        "API from the sandbox": (*inside, "workspace.py", "reach")}
+    ran = {name: run(Command(argv=("/usr/bin/env", *argv)), timeout_s=20.0)
+           for name, argv in commands.items()}       # env says which program is missing
+    probes = [{"name": name, "ok": end.exit_code == 0, "told":
+               (end.output or end.ended).splitlines()[-1]} for name, end in ran.items()]
+    settings = [{"name": name, "value": getattr(config, name), "source": source}
+                for name, source in world.args.sources.items()]
     world.show({"probes": probes, "settings": settings, "telemetry":
                 world.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "off")})
     return ExitCode.OK if all(p["ok"] for p in probes) else ExitCode.SANDBOX
@@ -2736,7 +2700,7 @@ def cmd_check(world: World) -> ExitCode:
 def cmd_status(world: World) -> None:
     """where a milestone stands, or every one"""
     plan, found = world.args.plan, []
-    saved = sorted(world.config.state_dir.glob("*_state.json"))
+    saved = sorted(Path(world.config.state_dir).glob("*_state.json"))
     for name in [plan.milestone] if plan else [
             path.name.removesuffix("_state.json") for path in saved]:
         if (state := world.store(name).load()) is None:
@@ -2747,8 +2711,7 @@ def cmd_status(world: World) -> None:
 
 def cmd_costs(world: World) -> None:
     """`costs` and `history`: the ledger's calls and money, summed up by key."""
-    args, by = world.args, world.args.by
-    rows: dict[str, dict[str, Any]] = {}
+    args, by, rows = world.args, world.args.by, dict[str, dict[str, Any]]()
     for entry in world.ledger().entries():
         milestone, task, run, at = (
             str(entry.get(key)) for key in ("milestone", "task", "run", "at"))
@@ -2785,34 +2748,45 @@ def cmd_logs(world: World) -> None:
                 world.reporter.answer(text)
             world.clock.sleep(0.2 * is_growing)
 
+def cmd_report(world: World) -> None:
+    """the run on one HTML page that opens offline; -o names the file"""
+    plan, store = world.args.plan, world.store(world.args.plan.milestone)
+    if (state := store.load()) is None:
+        raise StateError(f"no saved {store.path}", hint=f"{PROGRAM} run {plan.path}")
+    calls = []
+    for line in world.ledger().of_run(state):
+        path = store.folder / str(line.get("transcript"))
+        told = readable_events(path.read_bytes().split(b"\n")) if path.is_file() else ()
+        calls.append((line, shortened("\n".join(told), 20_000)))
+    report = status_json(state, plan, bool(world.lock(plan.milestone).owner()))
+    target = Path(world.args.o or store.folder / "report.html")
+    write_atomically(target, report_page(report, plan, state.findings, calls).encode(
+        errors="replace"))
+    world.reporter.answer(str(target))
+
 def cmd_explain(world: World) -> None:
     """the verdict on one recorded stream (- for standard input), and why"""
     result = read_transcript(world.args.file, contents(world.args.file),
                              world.config.max_repeats)
     verdict, problem = judge(result), outage(result)
     same = "session_id turns ended exit_code duration_s events bad_lines".split()
-    world.show({
-        "status": "outage" if problem else verdict.status, "rule": verdict.rule,
-        "evidence": shortened(verdict.evidence), "question": verdict.question,
-        "outage": problem, "cost_usd": round(result.usage.cost_usd, 6),
-        "tokens": result.usage.tokens,
+    world.show({"status": "outage" if problem else verdict.status, "rule": verdict.rule,
+        "evidence": verdict.evidence, "question": verdict.question, "outage": problem,
+        "cost_usd": round(result.usage.cost_usd, 6), "tokens": result.usage.tokens,
         "models": {name: round(u.cost_usd, 6) for name, u in result.models.items()},
         **{name: getattr(result, name) for name in same}, "stderr": result.stderr_tail})
 
 def cmd_fetch(world: World) -> None:
     """bring the milestone's branch into --repo, or --into another; --force replaces"""
     store = world.store(world.args.plan.milestone)
-    git, state = ("git", "-C", world.args.into or world.config.repo), store.load()
-    if not state or state.head == state.base:
+    if not (state := store.load()) or state.head == state.base:
         raise StateError(f"{store.path} has no work to fetch", hint="run PLAN")
     branch = f"orchestrator/{git_name(state.milestone)}"
-    is_known = world.run(*git, "cat-file", "-e", state.base).exit_code == 0
+    known = state.base if world.git("cat-file", "-e", state.base).exit_code == 0 else ""
     bundle = store.folder.absolute() / "fetch.bundle"
-    write_atomically(bundle, world.sandbox(state).bundle(
-        state.head, state.base if is_known else ""))
-    done = world.run(
-        *git, "fetch", "-q", "--no-tags", "--no-write-fetch-head", str(bundle),
-        f"{'+' if world.args.force else ''}{BUNDLED}:refs/heads/{branch}")
+    write_atomically(bundle, world.sandbox(state).bundle(state.head, known))
+    done = world.git("fetch", "-q", "--no-tags", "--no-write-fetch-head", str(bundle),
+                     f"{'+' if world.args.force else ''}{BUNDLED}:refs/heads/{branch}")
     bundle.unlink()
     if done.exit_code != 0:
         raise UsageError(f"git fetch: {shortened(done.output)}", hint="--force replaces"
@@ -2821,9 +2795,8 @@ def cmd_fetch(world: World) -> None:
 
 def create_pr(world: World, plan: Plan, state: RunState) -> None:
     """By the host's own login to GitHub, if it is wanted; without gh, the text."""
-    git, terminal = ("git", "-C", world.config.repo), world.terminal
-    if not world.args.create_pr and (not terminal.is_interactive() or world.run(
-            *git, "remote").stdout == b"" or not terminal.agrees("Create PR?")):
+    if not (world.args.create_pr or world.terminal.is_interactive() and world.git(
+            "remote").stdout and world.terminal.agrees("Create PR?")):
         return
     cmd_fetch(world)
     told = {"state": status_text(status_json(state, plan, False)), "verdicts": {
@@ -2834,7 +2807,7 @@ def create_pr(world: World, plan: Plan, state: RunState) -> None:
     gh = Command(cwd=Path(world.config.repo), stdin=body.encode(), argv=(
         "gh", "pr", "create", "--head", branch, "--title", plan.title, "--body-file=-"))
     try:
-        world.run(*git, "push", "-q", "-u", "origin", branch).checked("push", hint="")
+        world.git("push", "-q", "-u", "origin", branch).checked("push", hint="")
         answer = world.processes.run(gh).checked("gh", hint="").output
     except SandboxError as error:
         world.reporter.progress(f"warning: no pull request was made: {error}")
@@ -2867,23 +2840,19 @@ def cmd_sandbox(world: World) -> ExitCode:
 
 def sandbox_init(world: World, docker: DockerSandbox) -> str:
     """Build, start, clone, verify; harmless to repeat, goes on where it failed."""
-    repo, tell = world.config.repo, world.reporter.progress
-    tell("1/3 container: its image is built if there is none")
-    docker.compose("up", "-d", *["--build"] * world.args.rebuild,
-                   timeout_s=SLOW_TIMEOUT_S)
+    repo, tell, args = world.config.repo, world.reporter.progress, world.args
+    tell("1/2 container: its image is built if there is none")
+    docker.compose("up", "-d", *["--build"] * args.rebuild, timeout_s=SLOW_TIMEOUT_S)
     docker.bring_up()
-    tell(f"2/3 repository: {repo}")
+    tell(f"2/2 repository: {repo}")
     if "://" in repo or re.match(r"[\w.-]+@[\w.-]+:", repo):
         done = docker.janitor("fill", repo)
     else:
-        git = ("git", "-C", repo)
-        home = world.run(*git, "symbolic-ref", "--short", "HEAD").stdout.decode()
-        bundle = world.run(
-            *git, "bundle", "create", "-q", "-", "HEAD", "--branches", "--tags",
-            timeout_s=SLOW_TIMEOUT_S, max_bytes=sys.maxsize).checked(
-            f"no bundle of {repo}", hint="--repo names one with a commit").stdout
-        done = docker.janitor("fill", "--home", home.strip() or "main", stdin=bundle)
-    tell("3/3 checks: volumes, the agent, login")
+        home = world.git("symbolic-ref", "--short", "HEAD").stdout.decode().strip()
+        made = world.git("bundle", "create", "-q", "-", "HEAD", "--branches", "--tags",
+                         timeout_s=SLOW_TIMEOUT_S, max_bytes=sys.maxsize)
+        made.checked(f"no bundle of {repo}", hint="--repo names one with a commit")
+        done = docker.janitor("fill", "--home", home or "main", stdin=made.stdout)
     checked = json.loads(docker.sh("workspace.py check").stdout)
     if problems := checked["problems"]:
         raise SandboxError("; ".join(problems), hint="init --rebuild, or look at .env")
@@ -2892,7 +2861,7 @@ def sandbox_init(world: World, docker: DockerSandbox) -> str:
     return f"sandbox ready: repository {done['mirror']}, claude {checked['claude']}"
 
 _OPTIONS: dict[str, dict[str, Any]] = {      # of arguments; the others are switches
-    "plan": {"type": named_plan}, "plan?": {"type": named_plan, "nargs": "?"},
+    "plan": {"type": named_plan}, "plan?": {"type": named_plan, "nargs": "?"}, "-o": {},
     "id": {}, "id?": {"nargs": "?"}, "file": {"type": Path}, "rest": {"nargs": "*"},
     "--answer": {"dest": "answer"}, "--guidance": {"default": ""}, "--into": {},
     "--answer-file": {"dest": "answer", "type": lambda f: str(contents(f), "utf-8")},
@@ -2911,25 +2880,21 @@ _CLI: tuple[tuple[str, Callable[[World], ExitCode | None], str, str], ...] = (
     ("costs", cmd_costs, "--json --by --since --total", "what was spent"),
     ("logs", cmd_logs, "plan id? --json --follow", ""),
     ("explain", cmd_explain, "file --json", ""),
+    ("report", cmd_report, "plan -o", ""),
     ("fetch", cmd_fetch, "plan --into --force", ""),
     *((f"sandbox {action}", cmd_sandbox, arguments, "") for action, arguments in {
         "init": "--rebuild", "up": "--force", "reset": "--json --force", "shell":
         "rest", "claude": "rest", "status": "--json", "down": "--force"}.items()))
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, hint=f"{self.prog} --help")
-
 def build_parser() -> argparse.ArgumentParser:
     """Every command with every flag."""
     settings = _Parser(add_help=False)
-    group = settings.add_argument_group("settings (flag, ORCHESTRATOR_*, ini file)")
-    group.add_argument("--config", help="ini file, not that beside the state directory")
-    for s in SETTINGS:
+    own = settings.add_argument_group("settings (flag, ORCHESTRATOR_*, ini file)")
+    own.add_argument("--config", help="ini file, not that beside the state directory")
+    for key, s in SETTINGS.items():
         default = shown(s.default).replace(", ", "/") or "none"
-        group.add_argument(setting_flag(s.name), dest=s.name,
-                           metavar=s.metadata["choices"] or "VALUE",
-                           help=f"{s.metadata['help']} (default: {default})")
+        own.add_argument(setting_flag(key), metavar=s.metadata["choices"] or "VALUE",
+                         help=f"{s.metadata['help']} (default: {default})")
     parser = _Parser(prog=PROGRAM, formatter_class=argparse.RawTextHelpFormatter,
                      description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
@@ -2947,28 +2912,23 @@ def build_parser() -> argparse.ArgumentParser:
         answers = sub.add_mutually_exclusive_group() if name == "resume" else sub
         for argument in arguments.split():
             options = _OPTIONS.get(argument, {"action": "store_true"})
-            holder = answers if "dest" in options else sub
-            holder.add_argument(argument.rstrip("?"), **options)
+            (answers if "dest" in options else sub).add_argument(
+                argument.rstrip("?"), **options)
     return parser
 
-def read_settings(args: argparse.Namespace, environ: Mapping[str, str],
-                  ) -> tuple[Config, dict[str, str]]:
-    """The settings from flags, environment and ini file. Raises UsageError."""
+def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Config:
+    """Flags, environment, ini file; `args.sources` says which. Raises UsageError."""
     state_dir = args.state_dir or environ.get("ORCHESTRATOR_STATE_DIR") or "state"
     path = Path(args.config or Path(state_dir).parent / "orchestrator.ini")
     ini = configparser.ConfigParser(interpolation=None, default_section="orchestrator")
-    source, flags = str(path), {s.name: getattr(args, s.name) for s in SETTINGS}
     try:
         if args.config or path.exists():
-            ini.read_string(contents(path).decode(), source=source)
-        written = {**ini.defaults(), **dict.fromkeys(ini.sections(), "")}
-        resolved = resolve_config(flags, environ, written, file_name=source)
-        source = f"--claude {resolved[0].claude!r}"
-        shlex.split(resolved[0].claude)
-        return resolved
+            ini.read_string(contents(path).decode(), source=str(path))
     except (ValueError, configparser.Error) as error:
-        raise UsageError(f"{source}: {error}", hint="settings stand in a file under "
-                         "[orchestrator]; commands are quoted as in a shell") from None
+        raise UsageError(f"{path}: {error}", hint="begin with [orchestrator]") from None
+    written = {**ini.defaults(), **dict.fromkeys(ini.sections(), "")}
+    config, args.sources = resolve_config(vars(args), environ, written, str(path))
+    return config
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Turn every ending into an exit status; only --help and --version exit."""
@@ -2977,20 +2937,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                if re.fullmatch(r"(ANTHROPIC|CLAUDE_CODE)_\w*(KEY|TOKEN)", name)
                and len(value) >= 8]      # a shorter one is no key; it is in many words
     out, err = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # closed
-    reporter = Reporter(out, err, clock, environ=environ)
+    reporter = Reporter(out, err, clock, environ.get("TERM", ""))
     try:
         install_signal_handlers()
         args = build_parser().parse_args(argv)
-        config, sources = read_settings(args, environ)
+        config = read_settings(args, environ)
         reporter.log_file = config.log_file
         return int(args.act(World(
-            args, config, sources, environ, clock, Processes(clock, secrets),
-            Terminal(sys.stdin, err), reporter)) or 0)
+            args, config, environ | retry_variables(config, environ), clock,
+            Processes(clock, secrets), Terminal(sys.stdin, err), reporter)) or 0)
     except OrchestratorError as error:
+        if isinstance(error.__cause__, BrokenPipeError):     # `head` has seen enough
+            return ExitCode.OK
         reporter.error(error)
         return error.exit_code
-    except BrokenPipeError:      # `... | head` has seen enough
-        return ExitCode.OK
     except Exception:            # the boundary: shown in full, never hidden
         told = f"{traceback.format_exc()}This is a bug; the state is as last saved"
         reporter.error(OrchestratorError(told, hint="report it and start again"))

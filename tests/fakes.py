@@ -341,7 +341,7 @@ class World:
         self.notifier = NewsList()
 
     def crew(self) -> ko.Crew:
-        reporter = ko.Reporter(self.told, self.told, self.clock, environ={})
+        reporter = ko.Reporter(self.told, self.told, self.clock)
         telemetry = ko.Telemetry({}, reporter.progress)
         return ko.Crew(self.agent, self.sandbox, self.store, self.ledger,
                        self.terminal, self.notifier, reporter, telemetry, self.clock,

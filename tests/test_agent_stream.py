@@ -150,7 +150,7 @@ def test_a_tool_call_is_one_short_line_without_control_characters() -> None:
     told, shown = ko.tool_use({"name": "Bash", "input": {
         "command": "echo \x1b[31m\n" + "x" * 9000}}), io.StringIO()
     assert told.startswith("Bash echo ") and "\n" not in told and len(told) <= 110
-    ko.Reporter(shown, shown, FakeClock(), environ={}).tool(told)
+    ko.Reporter(shown, shown, FakeClock()).tool(told)
     assert "Bash echo " in shown.getvalue() and "\x1b" not in shown.getvalue()
 
 

@@ -6,8 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from boxes import AgentBox, agent_box, wait_until
+from boxes import (
+    AgentBox,
+    agent_box,
+    docker_box,
+    make_repository,
+    require_image,
+    wait_until,
+)
 from conftest import TEST_PLANS
+
+import ktrdr_orchestrator as ko
 
 pytestmark = [pytest.mark.docker]
 
@@ -91,3 +100,25 @@ def test_a_sandbox_that_was_stopped_is_started_by_the_next_run(box: AgentBox) ->
     plan = TEST_PLANS / "three_tasks_clean.md"
     done = box.program.run("run", plan, "--fresh", timeout_s=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def old_image(box: AgentBox) -> Iterator[str]:
+    """The sandbox image as it was before a script of ours was added."""
+    name = f"{require_image(box.program.environ)}-old"
+    subprocess.run(["docker", "build", "-q", "-t", name, "-"], check=True, text=True,
+                   capture_output=True, input=f"FROM {name.removesuffix('-old')}\n"
+                   f"USER root\nRUN rm {ko.INSIDE}/end-all.sh\n")
+    yield name
+    box.docker("rmi", name)
+
+
+@pytest.mark.slow
+def test_an_image_that_is_older_than_the_program_is_to_be_built_anew(
+    box: AgentBox, old_image: str, tmp_path: Path,
+) -> None:
+    repository = make_repository(tmp_path / "repository")
+    with docker_box(repository, "ktrdr-old", SANDBOX_IMAGE=old_image) as old:
+        done = old.program.run("run", TEST_PLANS / "hello_world.md")
+        assert done.returncode == 5 and "older than this program" in done.stderr
+        assert "sandbox init --rebuild" in done.stderr

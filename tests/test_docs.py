@@ -34,9 +34,9 @@ def section(title: str) -> str:
     return README.partition(f"\n### {title}\n")[2].partition("\n#")[0]
 
 
-def default_of(name: str) -> str:
+def default_of(key: str) -> str:
     """As --help tells it."""
-    action = next(a for a in COMMANDS["run"]._actions if a.dest == name)
+    action = next(a for a in COMMANDS["run"]._actions if a.dest == key)
     return (action.help or "").rpartition("(default: ")[2].rstrip(")")
 
 
@@ -44,23 +44,22 @@ COMMANDS = subcommands(ko.build_parser())
 
 
 def test_the_settings_table_is_the_programs() -> None:
-    rows = [(ko.setting_flag(s.name), f"ORCHESTRATOR_{ko.setting_key(s.name).upper()}",
-             ko.setting_key(s.name), default_of(s.name), s.metadata["help"])
-            for s in ko.SETTINGS]
+    rows = [(ko.setting_flag(key), f"ORCHESTRATOR_{key.upper()}", key, default_of(key),
+             setting.metadata["help"]) for key, setting in ko.SETTINGS.items()]
     assert SETTINGS_ROW.findall(README) == rows
 
 
 def test_every_setting_is_a_flag_of_every_command_that_takes_settings() -> None:
     for name, parser in COMMANDS.items():
         if name != "sandbox":
-            assert {ko.setting_flag(s.name) for s in ko.SETTINGS} <= flags(parser), name
+            assert set(map(ko.setting_flag, ko.SETTINGS)) <= flags(parser), name
 
 
 def test_every_command_is_in_the_readme_with_the_flags_it_names() -> None:
     table = README.partition("\n## Commands\n")[2].partition("\n###")[0]
     rows = dict(re.findall(r"^\| `(\w+)[^`]*` \| (.+) \|$", table, re.MULTILINE))
     assert rows.keys() == COMMANDS.keys()
-    common = {ko.setting_flag(s.name) for s in ko.SETTINGS}
+    common = set(map(ko.setting_flag, ko.SETTINGS))
     common |= {"--help", "--config", "--json"}
     for name, told in rows.items():
         if name != "sandbox":

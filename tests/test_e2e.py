@@ -198,7 +198,7 @@ def test_a_fix_that_breaks_a_tasks_gate_is_taken_back_and_the_next_one_is_told()
         Status.FAILED,
         Status.COMPLETED,
     ]
-    assert "Fix 1 was taken back: gate `unit`: exit 1" in a.agent.calls[3].prompt
+    assert "E2E fix 1 was taken back: gate `unit`: exit 1" in a.agent.calls[3].prompt
     assert a.sandbox.work == {"work 1", "work 4"} and code(a) is ko.ExitCode.OK
 
 
@@ -287,7 +287,7 @@ def test_a_question_of_a_fix_is_parked_and_its_answer_goes_on_with_it() -> None:
 
 
 def test_a_task_whose_gate_a_later_one_broke_is_named_with_it() -> None:
-    sandbox = FakeSandbox(one=[0, 1, 1, 1, 0, 0, 0, 0])
+    sandbox = FakeSandbox(one=[0, 1, 1, 1, 0])   # when done, at the end, at each commit
     a = World(
         plan(task("1.1", gates=("one",)), task("1.2"), task("1.3"), e2e=scenario()),
         *[completed()] * 3,
@@ -323,6 +323,19 @@ def test_bisect_names_the_task_that_broke_the_scenarios_gate() -> None:
     assert evidence.startswith(
         "first broken by task 1.2: task e2e's gate `check`: exit 1"
     )
+
+
+def test_a_gate_that_failed_before_its_feature_was_there_is_bisected_too() -> None:
+    tasks = [task(f"1.{n}") for n in range(1, 6)]
+    a = World(
+        plan(*tasks, e2e=scenario(gates=("check",))),
+        *[completed()] * 5,
+        BROKEN,
+        sandbox=FakeSandbox(check=[1, 1, 1, 0, 1, 1]),      # 1.5, 1.4 fail, 1.3 passes
+        config=ko.Config(e2e_retries=0, e2e_bisect="yes"),
+    )
+    evidence = a.run().record("e2e").attempts[-1].evidence
+    assert evidence.startswith("first broken by task 1.4: ")
 
 
 def test_a_killed_scenario_is_counted_and_starts_clean() -> None:

@@ -146,3 +146,19 @@ def test_a_person_decides_on_weakened_tests(answer: str, code: ko.ExitCode) -> N
 def test_at_a_terminal_the_guard_asks_at_once() -> None:
     a = world("a\n")
     assert ko.exit_code(a.plan, a.run()) is ko.ExitCode.OK
+
+
+def test_consent_to_some_findings_is_none_to_others() -> None:
+    a = world()
+    a.run()
+    assert ko.exit_code(a.plan, a.run(answer=ko.ACCEPTED)) is ko.ExitCode.OK
+    a.sandbox.changes += deleted("tests/test_b.py", "assert b")
+    assert waiting(a.run()) == ["guard"]
+
+
+def test_a_guard_that_is_strict_no_more_takes_its_question_with_it() -> None:
+    a = world()
+    a.run()
+    a.config = ko.Config(guard="report")
+    assert ko.exit_code(a.plan, a.run()) is ko.ExitCode.OK
+    assert waiting(a.state()) == []

@@ -238,7 +238,7 @@ def test_a_forgotten_closing_fence_falls_back_to_commonmark() -> None:
     assert not plan.errors and "read in two ways" in messages(plan.warnings)
 
 
-@pytest.mark.parametrize(("heading", "is_marked"), [
+@pytest.mark.parametrize(("heading", "marked"), [
     ("Task 1.1: a", False), ("Task 1.1: a ✅", True), ("[x] Task 1.1: a", True),
     ("Task 1.1: a — DONE", True), ("Task 1.1: a (completed)", True),
     ("~~Task 1.1: a~~", True), ("Task 1.1: a (DEFERRED)", True),
@@ -246,8 +246,8 @@ def test_a_forgotten_closing_fence_falls_back_to_commonmark() -> None:
     ("Task 1.1: Complete rewrite (complete rewrite)", False),
     ("Task 1.1: a ✅ (IN PROGRESS)", False), ("Task 1.1: Mark orders done", False),
 ])
-def test_marks_are_read_from_the_heading(heading: str, is_marked: bool) -> None:
-    assert parse(with_tasks(f"## {heading}")).tasks[0].is_marked is is_marked
+def test_marks_are_read_from_the_heading(heading: str, marked: bool) -> None:
+    assert parse(with_tasks(f"## {heading}")).tasks[0].marked is marked
 
 
 @pytest.mark.parametrize(("body", "criteria"), [

@@ -1,16 +1,17 @@
 """Section 2: flag > environment > file > default; an error names its source."""
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 import ktrdr_orchestrator as ko
 
+KEYS = {setting.name: key for key, setting in ko.SETTINGS.items()}
+
 
 def resolved(flags: dict[str, str] | None = None, environ: dict[str, str] | None = None,
              file: dict[str, str] | None = None) -> tuple[ko.Config, dict[str, str]]:
-    return ko.resolve_config(flags or {}, environ or {}, file or {})
+    by_key = {KEYS[name]: text for name, text in (flags or {}).items()}
+    return ko.resolve_config(by_key, environ or {}, file or {}, "orchestrator.ini")
 
 
 def test_without_anything_written_the_defaults_hold() -> None:
@@ -35,7 +36,7 @@ def test_a_flag_outranks_the_environment_that_the_file(
 
 
 @pytest.mark.parametrize(("name", "text", "value"), [
-    ("state_dir", "/x", Path("/x")), ("task_timeout_s", "90", 90.0),
+    ("state_dir", "/x", "/x"), ("task_timeout_s", "90", 90.0),
     ("max_cost_usd", "2.5", 2.5), ("outage_delays_s", "1,2 3/4", (1, 2, 3, 4)),
     ("sandbox", "local", "local")])
 def test_a_value_has_the_type_of_its_default(
@@ -47,9 +48,10 @@ def test_a_value_has_the_type_of_its_default(
 @pytest.mark.parametrize(("name", "text"), [
     ("max_turns", "many"), ("max_turns", "0"), ("max_turns", "1.5"), ("max_turns", ""),
     ("task_timeout_s", "-1"), ("task_timeout_s", "nan"), ("sandbox", "cloud"),
-    ("outage_delays_s", "soon"), ("max_cost_usd", "-1"), ("error_similarity", "1.5")])
+    ("outage_delays_s", "soon"), ("max_cost_usd", "-1"), ("error_similarity", "1.5"),
+    ("claude", "'claude")])
 def test_a_bad_value_is_an_error_with_it_and_its_source(name: str, text: str) -> None:
-    key = ko.setting_key(name)
+    key = KEYS[name]
     variable = f"ORCHESTRATOR_{key.upper()}"
     for source, written in (("--", ({name: text}, {}, {})),
                             ("environment", ({}, {variable: text}, {})),

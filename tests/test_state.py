@@ -107,8 +107,8 @@ def test_a_save_costs_the_same_in_a_long_plan(tmp_path: Path) -> None:
 def test_archiving_moves_state_and_transcripts_aside(tmp_path: Path) -> None:
     here = store(tmp_path)
     here.save(STATE)
-    here.transcript("1.1", 1).parent.mkdir()
-    here.transcript("1.1", 1).write_text("{}")
+    here.new_transcript("1.1", 1).parent.mkdir()
+    here.new_transcript("1.1", 1).write_text("{}")
     target = here.archive()
     assert target and here.load() is None and not here.folder.exists()
     assert (target / "m1_state.json").exists()

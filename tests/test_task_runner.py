@@ -260,7 +260,7 @@ def test_what_no_waiting_cures_is_asked_of_a_person_once_and_not_charged(
     assert (len(world.agent.calls), world.record().started) == (1, 0)
     question = world.record().question
     assert question and "/login" in question.text
-    assert world.run(answer=question.recommendation).record(
+    assert world.run(answer=question.options[0]).record(
         "1.1").status is Status.COMPLETED
     assert world.agent.calls[1].session_id == ""
 

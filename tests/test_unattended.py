@@ -303,9 +303,9 @@ class LiveStream(io.StringIO):
 
 def test_a_wait_counts_down_on_a_terminal_and_is_one_line_in_a_log() -> None:
     clock, err = FakeClock(), LiveStream()
-    live = ko.Reporter(io.StringIO(), err, clock, environ={"TERM": "xterm"})
+    live = ko.Reporter(io.StringIO(), err, clock, term="xterm")
     assert live.countdown(90.5) == 1.0 and "going on in 1:30" in err.getvalue()
-    plain = ko.Reporter(io.StringIO(), log := io.StringIO(), clock, environ={})
+    plain = ko.Reporter(io.StringIO(), log := io.StringIO(), clock)
     assert plain.countdown(90.5) == 60.0 and log.getvalue() == ""
     assert plain.countdown(5.0) == 5.0
 
@@ -339,7 +339,7 @@ def test_progress_and_errors_are_appended_to_the_log_file_as_well(
 ) -> None:
     log = tmp_path / "night.log"
     reporter = ko.Reporter(
-        io.StringIO(), LiveStream(), FakeClock(), environ={"TERM": "xterm"}
+        io.StringIO(), LiveStream(), FakeClock(), term="xterm"
     )
     reporter.log_file = str(log)
     reporter.progress("one")
@@ -352,7 +352,7 @@ def test_progress_and_errors_are_appended_to_the_log_file_as_well(
 
 def test_a_log_file_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     err = io.StringIO()
-    reporter = ko.Reporter(io.StringIO(), err, FakeClock(), environ={})
+    reporter = ko.Reporter(io.StringIO(), err, FakeClock())
     reporter.log_file = str(tmp_path)
     reporter.progress("still here")
     assert "still here" in err.getvalue()

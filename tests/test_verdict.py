@@ -1,4 +1,4 @@
-"""The verdict on what an agent left behind: outage, judge, judge_e2e."""
+"""The verdict on what an agent left behind: outage and judge."""
 from __future__ import annotations
 
 import dataclasses
@@ -241,14 +241,15 @@ E2E = {"status": "failed", "diagnosis": "The route is missing.", "options": [],
 
 
 def test_a_structured_e2e_failure_brings_its_diagnosis() -> None:
-    assert ko.judge_e2e(said("", structured=E2E)) == ko.Verdict(
+    assert ko.judge(said("", structured=E2E), "e2e_status") == ko.Verdict(
         FAILED, "structured", "The route is missing.")
 
 
 def test_e2e_markers_are_read_when_there_is_no_structure() -> None:
     text = "Ran it.\n**E2E_STATUS:** Failed\nDIAGNOSIS: no route"
-    assert ko.judge_e2e(said(text)) == ko.Verdict(FAILED, "marker", "no route")
-    passed = ko.judge_e2e(said("STATUS: failed\nE2E_STATUS: passed"))
+    verdict = ko.judge(said(text), "e2e_status")
+    assert verdict == ko.Verdict(FAILED, "marker", "no route")
+    passed = ko.judge(said("STATUS: failed\nE2E_STATUS: passed"), "e2e_status")
     assert (passed.status, passed.question) == (COMPLETED, None)
 
 
@@ -260,7 +261,7 @@ def test_e2e_markers_are_read_when_there_is_no_structure() -> None:
 ])
 def test_an_e2e_run_without_a_clear_word_is_put_to_a_person(
         result: ko.AgentResult, rule: str) -> None:
-    verdict = ko.judge_e2e(result)
+    verdict = ko.judge(result, "e2e_status")
     assert (verdict.status, verdict.rule) == (NEEDS_HUMAN, rule)
     assert verdict.question is not None and verdict.question.text
 
@@ -285,7 +286,7 @@ def test_no_input_makes_it_raise_and_evidence_stays_short(
     verdict = ko.judge(result)
     assert len(verdict.evidence) <= ko.EVIDENCE_CHARS
     assert (verdict.status is NEEDS_HUMAN) == (verdict.question is not None)
-    assert len(ko.judge_e2e(result).evidence) <= ko.EVIDENCE_CHARS
+    assert len(ko.judge(result, "e2e_status").evidence) <= ko.EVIDENCE_CHARS
     ko.outage(result)
 
 
@@ -323,7 +324,7 @@ def test_a_question_that_the_cli_refused_to_ask_is_asked_by_us() -> None:
 
 
 def test_a_question_outranks_a_scenario_without_a_clear_word() -> None:
-    verdict = ko.judge_e2e(heard(result="I could not ask."))
+    verdict = ko.judge(heard(result="I could not ask."), "e2e_status")
     assert (verdict.status, verdict.rule) == (ko.VerdictStatus.NEEDS_HUMAN, "asked")
     assert verdict.question and verdict.question.options == ("SQLite", "Postgres")
 

@@ -1,0 +1,166 @@
+"""The report: one page, the ledger's numbers, and nothing an agent wrote is alive."""
+
+from __future__ import annotations
+
+import html.parser
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TEST_PLANS
+from fakes import (
+    FakeClock,
+    FakeSandbox,
+    World,
+    asks,
+    completed,
+    failed,
+    new_state,
+    plan,
+    reported,
+    scenario,
+    task,
+)
+from program import LOCAL, Program
+
+import ktrdr_orchestrator as ko
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'>&\x1b[31m"
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would make of it: elements, attributes, text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page_of(world: World, *told: str) -> Page:
+    state = world.state()
+    lines = [*world.ledger.of_run(state)]
+    calls = [(line, told[0] if told else "") for line in lines]
+    report = ko.status_json(state, world.plan, False)
+    return Page(ko.report_page(report, world.plan, state.findings, calls))
+
+
+def test_a_run_is_told_with_the_numbers_of_the_ledger() -> None:
+    world = World(
+        plan(task("1.1"), task("1.2")), failed("E-4711"), completed(), completed()
+    )
+    world.run()
+    page = page_of(world)
+    assert "m: completed, $0.75" in page.text and "E-4711" in page.text
+    assert page.tags.count("rect") == 3 == page.text.count("30 tokens, $0.25")
+    assert "next: ktrdr-orchestrator fetch m.md" in page.text
+    assert page.tags.count("h1") == 1 and not page.open[1:]
+
+
+def test_a_question_an_answer_and_what_is_left_are_told() -> None:
+    world = World(plan(), asks("Which <b>colour</b>?"), completed())
+    world.run()
+    page = page_of(world)
+    assert "Task 1.1 asks: Which <b>colour</b>?" in page.text
+    assert "next: ktrdr-orchestrator resume --answer TEXT m.md" in page.text
+
+
+def test_fixes_flakiness_and_weakened_tests_are_told() -> None:
+    sandbox = FakeSandbox()
+    sandbox.changes = (
+        "diff --git a/tests/test_a.py b/tests/test_a.py\n"
+        "deleted file mode 100644\n--- a/tests/test_a.py\n"
+        "+++ /dev/null\n@@ -1 +0,0 @@\n-assert a\n"
+    )
+    broken = reported(
+        status="failed", diagnosis="it hung", fix_plan="wait", fixable=True
+    )
+    passed = reported(status="passed")
+    world = World(
+        plan(e2e=scenario()),
+        completed(),
+        broken,
+        broken,
+        completed(),
+        broken,
+        passed,
+        sandbox=sandbox,
+    )
+    world.run()
+    page = page_of(world)
+    for words in (
+        "e2e-fix-1",
+        "flaky: failed 1 of 2 runs",
+        "Weakened tests",
+        "test file tests/test_a.py is gone",
+        "it hung",
+        "wait",
+    ):
+        assert words in page.text
+
+
+def test_a_milestone_that_has_not_begun_has_a_page_too() -> None:
+    state = new_state(plan(), FakeClock())
+    page = Page(ko.report_page(ko.status_json(state, plan(), True), plan(), (), ()))
+    assert "m: running, $0.00" in page.text and "rect" not in page.tags
+
+
+@pytest.mark.parametrize("put", ["title", "evidence", "question", "said", "finding"])
+def test_hostile_text_is_inert_wherever_it_stands(put: str) -> None:
+    def text(place: str) -> str:
+        return HOSTILE if put == place else "plain"
+
+    a_plan = plan(ko.Task("1.1", text("title"), 1, 2, text("title")))
+    world = World(a_plan, failed(text("evidence")), asks(text("question")))
+    world.run()
+    state, calls = world.state(), [(x, text("said")) for x in world.ledger.lines]
+    told = ko.report_page(
+        ko.status_json(state, a_plan, False), a_plan, (text("finding"),), calls
+    )
+    page = Page(told)
+    assert not {"script", "img", "a", "link", "iframe"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert "<script>alert(1)</script>" in page.text and "\x1b" not in told
+    assert not re.search(r"(?:src|href)=|url\(|@import|https?://", Page(told).text[:0])
+
+
+def test_attributes_cannot_be_broken_out_of() -> None:
+    made = ko.element("p", "x", class_='"><script>')
+    assert made == '<p class="&quot;&gt;&lt;script&gt;">x</p>'
+    assert ko.element("p", ko.Html("<b>y</b>")) == "<p><b>y</b></p>"
+
+
+@pytest.mark.contract
+def test_the_program_writes_the_page_of_a_run(repository: Path) -> None:
+    program = Program(repository)
+    fixable = TEST_PLANS / "e2e_will_fail_fixable.md"
+    assert program.run("report", fixable, *LOCAL).returncode == 2
+    assert program.run("run", fixable, *LOCAL).returncode == 0
+    done = program.run("report", fixable, "-o", "night.html", *LOCAL)
+    assert (done.returncode, done.stdout) == (0, "night.html\n"), done.stderr
+    text = (repository / "night.html").read_text(encoding="utf-8")
+    page, state = Page(text), program.state(fixable.stem)
+    cost: Any = state["cost_usd"]
+    assert f"completed, ${cost:.2f}" in page.text
+    assert "divide with / instead of //" in page.text  # the fix plan
+    assert "> Bash python3 -B -m converter 100" in page.text  # what an agent did
+    assert not re.search(r"https?://|src=|href=", text)
+    assert program.run("report", fixable, *LOCAL).stdout == (
+        f"state/{fixable.stem}/report.html\n"
+    )
