@@ -356,6 +356,7 @@ class TaskRecord:
     attempts: tuple[Attempt, ...] = ()
     question: Question | None = None
     answer: str = ""
+    waited_s: float = 0.0        # for the answer
     reason: str = ""
     base: str = ""               # the commit before the task
     checkpoint: str = ""         # and after it
@@ -2065,11 +2066,12 @@ def answered(state: RunState, task_id: str, answer: str, store: StateStore,
     """The state with the answer, saved; the ledger tells how long that took."""
     asked, now = state.record(task_id).question or Question(""), clock.now()
     waited = now - datetime.fromisoformat(state.updated_at or stamp(now))
+    waited_s = round(waited.total_seconds(), 3)
     ledger.append({
         "v": 1, "at": stamp(now), "milestone": state.milestone, "run": state.started_at,
         "task": task_id, "kind": "answer", "question": shortened(asked.text),
-        "answer": shortened(answer), "waited_s": round(waited.total_seconds(), 3)})
-    return store.save(state.updated(task_id, answer=answer))
+        "answer": shortened(answer), "waited_s": waited_s})
+    return store.save(state.updated(task_id, answer=answer, waited_s=waited_s))
 
 def ask_person(crew: Crew, state: RunState, task_id: str) -> RunState:
     """With the answer, unless nobody is there, or they want to answer later."""
@@ -2144,6 +2146,12 @@ class TaskRunner:
 
     def _step(self, state: RunState, task: Task) -> RunState:
         """Whatever is next; once more from what was saved if the sandbox went away."""
+        record = state.record(task.id)
+        if record.question and record.status is TaskStatus.NEEDS_HUMAN:  # now answered
+            with self._crew.telemetry.span(
+                    "escalation", task=task.id, answer=shortened(record.answer),
+                    question=shortened(record.question.text)) as note:
+                note({"orchestrator.waited_s": record.waited_s})
         try:
             if settled := self._settle(state, task):
                 return settled

@@ -178,6 +178,7 @@ def test_a_failed_task_that_destroyed_the_repository_is_rolled_back_all_the_same
     assert box.inside("git ls-files | xargs") == "README.md good"
 
 
+@pytest.mark.slow
 def test_finished_work_outlives_a_reset_and_is_fetched_into_a_branch_of_its_own(
     box: AgentBox, tmp_path: Path,
 ) -> None:

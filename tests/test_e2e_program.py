@@ -150,6 +150,7 @@ def test_at_a_terminal_enter_applies_the_fix_that_is_shown(program: Program) -> 
     was_fixed(program)
 
 
+@pytest.mark.slow
 def test_at_a_terminal_no_leads_to_the_question_and_words_of_ones_own_to_a_fix(
     program: Program,
 ) -> None:
@@ -162,6 +163,7 @@ def test_at_a_terminal_no_leads_to_the_question_and_words_of_ones_own_to_a_fix(
     was_fixed(program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("letter", "reason"), [
     ("a", BY_HAND), ("b", "skip this scenario")])
 def test_at_a_terminal_a_person_may_settle_the_scenario(
@@ -177,6 +179,7 @@ def test_at_a_terminal_a_person_may_settle_the_scenario(
     is_as_it_should_be(program, FIXABLE)
 
 
+@pytest.mark.slow
 def test_who_leaves_the_terminal_finds_the_question_parked_and_can_guide_the_fix(
     program: Program,
 ) -> None:
@@ -252,6 +255,7 @@ def test_killed_at_every_stage_one_after_the_other_it_ends_the_same(
     assert 3 <= counts["e2e"] <= 3 + len(STAGES)
 
 
+@pytest.mark.slow
 def test_a_fix_that_was_killed_is_settled_before_the_next_is_asked_about(
     program: Program,
 ) -> None:
@@ -278,8 +282,8 @@ def test_a_scenario_that_is_killed_again_and_again_is_given_up(program: Program,
     assert program.run("task", GREETER, "e2e", *LOCAL).returncode == 0
 
 
-@pytest.mark.parametrize("rounds", [
-    3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [3, 100])
 def test_killed_at_any_instant_of_the_fix_cycle_the_next_start_ends_the_same(
     tmp_path: Path, rounds: int,
 ) -> None:

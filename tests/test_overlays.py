@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT, missing
 from program import Program
 
-pytestmark = [pytest.mark.docker]
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
 SANDBOX = ROOT / "sandbox"
 BASE = SANDBOX / "docker-compose.yml"
 OVERLAYS = sorted(SANDBOX.glob("docker-compose.*.yml"))

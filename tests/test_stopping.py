@@ -88,7 +88,7 @@ def command_lines() -> dict[int, str]:
 
 
 @pytest.fixture(scope="module", params=[
-    pytest.param("docker", marks=pytest.mark.docker),
+    pytest.param("docker", marks=[pytest.mark.docker, pytest.mark.slow]),
     pytest.param("local", marks=pytest.mark.contract)])
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
           ) -> Iterator[Place]:

@@ -74,6 +74,22 @@ def test_the_spans_of_a_run_are_one_trace_in_their_hierarchy(
 
 
 @pytest.mark.contract
+def test_a_question_is_a_span_with_its_answer_and_what_it_waited(
+    repository: Any, receiver: SpanReceiver,
+) -> None:
+    program = Program(repository, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
+    ambiguous = TEST_PLANS / "ambiguous_task.md"
+    assert program.run("run", ambiguous, *LOCAL).returncode == 3
+    time.sleep(0.3)
+    assert program.run("resume", ambiguous, "--answer", "a", *LOCAL).returncode == 0
+    asked, = (span for span in receiver.spans if span.name == "orchestrator.escalation")
+    told = {a.key: a.value for a in asked.attributes}
+    assert told["orchestrator.question"].string_value == "Where should quotes be kept?"
+    assert told["orchestrator.answer"].string_value.startswith("In memory")
+    assert told["orchestrator.waited_s"].double_value >= 0.3
+
+
+@pytest.mark.contract
 @pytest.mark.parametrize("kind", ["refused", "silent"])
 def test_a_dead_endpoint_costs_a_second_at_most_and_one_warning(
     repository: Any, silent_port: int, kind: str,

@@ -249,6 +249,10 @@ def test_e2e_markers_are_read_when_there_is_no_structure() -> None:
     text = "Ran it.\n**E2E_STATUS:** Failed\nDIAGNOSIS: no route"
     verdict = ko.judge(said(text), "e2e_status")
     assert verdict == ko.Verdict(FAILED, "marker", "no route")
+    fixable = ko.judge(said(f"{text}\nFIXABLE: yes\nFIX_PLAN: add it"), "e2e_status")
+    assert fixable.fix_plan == "add it"
+    lost = ko.judge(said(f"{text}\nFIXABLE: no\nFIX_PLAN: pray"), "e2e_status")
+    assert (lost.status, lost.fix_plan) == (FAILED, "")
     passed = ko.judge(said("STATUS: failed\nE2E_STATUS: passed"), "e2e_status")
     assert (passed.status, passed.question) == (COMPLETED, None)
 
