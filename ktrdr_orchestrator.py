@@ -2022,9 +2022,10 @@ def report_page(report: Mapping[str, Any], plan: Plan, findings: Sequence[str],
         parts += [element("h2", "Timeline"), timeline([line for line, _ in calls]),
                   element("h2", "Calls, gates and answers")]
     for line, told in calls:
-        tokens, word = sum(_object(line.get("tokens")).values()), called(line)
-        about = (f"{line['rule']}, {tokens} tokens, ${_number(line['cost_usd']):.2f}"
-                 if "rule" in line else "")
+        word, used = called(line), _object(line.get("tokens")).values()
+        about = "" if "rule" not in line else (
+            f"{line['rule']}, {sum(map(_number, used))} tokens, "
+            f"${_number(line.get('cost_usd')):.2f}")
         texts = map(line.get, ("question", "answer", "evidence", "fix_plan"))
         parts.append(element("details", element(
             "summary", f"{line['at'][:19]} {line.get('task')} ",
@@ -2054,6 +2055,10 @@ def questions(state: RunState) -> dict[str, Question]:
     return {i: record.question for i, record in state.tasks.items() if record.question
             and record.status is TaskStatus.NEEDS_HUMAN and not record.answer}
 
+def answer_unasked(config: Config, question: Question) -> str:
+    """What is answered when nobody is there, or ''."""
+    return question.recommendation if config.on_question == "recommend" else ""
+
 def chosen_answer(line: str, question: Question) -> str:
     """An option by letter or number, the recommendation for 'skip' or '', or words."""
     named = {name: option for i, option in enumerate(question.options)
@@ -2077,14 +2082,13 @@ def ask_person(crew: Crew, state: RunState, task_id: str) -> RunState:
     """With the answer, unless nobody is there, or they want to answer later."""
     question, answer = questions(state)[task_id], ""
     crew.reporter.progress(question_text(task_id, question))
-    advice = question.recommendation
-    skip = "Enter or skip (as recommended), " if advice else ""
+    skip = "Enter or skip (as recommended), " if question.recommendation else ""
     while crew.terminal.is_interactive() and not answer:
         line = crew.terminal.ask(f"Answer, letter, {skip}later: ")
         if line is None or line.strip().lower() == "later":
             return state
         answer = chosen_answer(line, question)
-    if not answer and crew.config.on_question == "recommend" and (answer := advice):
+    if not answer and (answer := answer_unasked(crew.config, question)):
         crew.reporter.progress(f"nobody is here, so as recommended: {answer}")
     return state if not answer else answered(
         state, task_id, answer, crew.store, crew.ledger, crew.clock)
@@ -2414,7 +2418,8 @@ class E2ERunner(TaskRunner):
         self._is_clean = False
         tasks = [t for t in self._plan.tasks if state.record(t.id).checkpoint]
         for step in (*tasks, task) if self._green_at != state.head else (task,):
-            self._green_at = state.head if step is task else self._green_at
+            if step is task:             # so those of the tasks have passed
+                self._green_at = state.head
             for gate in step.gates:
                 if told := self._gate(gate, step):
                     return f"{self._breaker(state, step, gate)}task {step.id}'s {told}"
@@ -2609,7 +2614,7 @@ def at_once(world: World, part: Plan, state: RunState) -> ExitCode | None:
         s.id).status is not TaskStatus.COMPLETED), GUARD_ID)
     for i, asked in () if world.terminal.is_interactive() else questions(state).items():
         if (i == step or step == E2E_ID and i.startswith(FIX_ID)) and not (
-                config.on_question == "recommend" and asked.recommendation):
+                answer_unasked(config, asked)):
             text = shortened(" ".join(asked.text.split()), 160)
             world.reporter.progress(f"task {i} asks: {text}; see status {part.path}")
             return ExitCode.NEEDS_HUMAN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import pytest
 from fakes import (
     FakeClock,
     FakeTerminal,
+    MemoryLedger,
+    MemoryStore,
     World,
     api_error,
     asks,
     completed,
     failed,
     limited,
+    new_state,
     overloaded,
     plan,
     reported,
@@ -114,30 +118,13 @@ def test_the_ledger_tells_what_was_asked_answered_and_how_long_it_took() -> None
 
 
 def test_an_answer_hours_later_counts_the_hours() -> None:
-    clock = FakeClock()
-    store, ledger = ko.StateStore(Path("state"), "m", clock), []
-    state = ko.RunState(
-        "m",
-        "m.md",
-        "",
-        "b",
-        "local",
-        ko.stamp(clock.now()),
-        updated_at=ko.stamp(clock.now()),
-    )
+    clock, ledger = FakeClock(), MemoryLedger()
+    store = MemoryStore(clock)
+    state = replace(new_state(plan(), clock), updated_at=ko.stamp(clock.now()))
     clock.sleep(7200)
-
-    class Kept(ko.Ledger):
-        def append(self, entry: Any) -> None:
-            ledger.append(entry)
-
-    class Saved(ko.StateStore):
-        def save(self, state: ko.RunState) -> ko.RunState:
-            return state
-
-    saved = Saved(store.path.parent, "m", clock)
-    after = ko.answered(state, "1.1", "use SQLite", saved, Kept(Path("x")), clock)
-    assert after.record("1.1").answer == "use SQLite" and ledger[0]["waited_s"] == 7200
+    after = ko.answered(state, "1.1", "use SQLite", store, ledger, clock)
+    assert after.record("1.1").answer == "use SQLite" and store.saved == [after]
+    assert ledger.lines[0]["waited_s"] == 7200
 
 
 # Circles.
