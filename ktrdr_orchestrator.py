@@ -95,16 +95,9 @@ MISSING_SESSION = "missing_session"    # the rule that a new session cures
 ASKS_AGAIN = "asks again what was answered"    # the reason of a task that does
 
 class ExitCode(enum.IntEnum):
-    """What the shell, cron and scripts rely on (sysexits.h where it has a word)."""
-    OK = 0
-    FAILED = 1                   # a task, a loop, E2E, the money limit
-    USAGE = 2                    # usage, plan, settings or state
-    NEEDS_HUMAN = 3              # a question is parked, or nobody is logged in
-    LOCKED = 4                   # already running
-    SANDBOX = 5                  # unusable
-    INTERNAL = 70                # a bug in this program
-    TRY_LATER = 75               # an outage or a usage limit outlasted the wait
-    INTERRUPTED, TERMINATED = 130, 143
+    """What the top of the file tells; from 64 to 78 they are those of sysexits.h."""
+    OK, FAILED, USAGE, NEEDS_HUMAN, LOCKED, SANDBOX = 0, 1, 2, 3, 4, 5
+    INTERNAL, TRY_LATER, INTERRUPTED, TERMINATED = 70, 75, 130, 143
 
 class OrchestratorError(Exception):
     """A failure the user can act on: printed as message and hint, no traceback."""
@@ -588,18 +581,6 @@ def has_prose(section: Task) -> bool:
     """Whether it says anything besides its heading and gates."""
     known = [r"\A.*", r"```\w*", r"\*\*Verify\b", *map(re.escape, section.gates)]
     return bool(re.search(r"\w", re.sub("|".join(known), "", section.text)))
-
-def plan_report(plan: Plan) -> dict[str, Any]:
-    """What `check PLAN --json` prints."""
-    def told(names: str, *things: object) -> list[dict[str, Any]]:
-        return [{name: getattr(x, name) for name in names.split()} for x in things]
-    return told("milestone title branch", plan)[0] | {
-        "tasks": told("id title line end_line type files criteria gates marked",
-                      *plan.tasks),
-        "e2e": plan.e2e and {"heading": plan.e2e.title} | told(
-            "line end_line text gates", plan.e2e)[0],
-        "warnings": told("line message", *plan.warnings),
-        "errors": told("line message hint", *plan.errors)}
 
 # ==== 5. Prompts ===================================================== [pure]
 def _schema(required: str, **properties: str | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -2686,10 +2667,11 @@ def work(world: World, plan: Plan, state: RunState, task: Task | None) -> RunSta
 def cmd_check(world: World) -> ExitCode:
     """read the plan, or probe the tools; change nothing"""
     if plan := world.args.plan:
-        report = plan_report(plan)
+        report = asdict(plan) | {"path": str(plan.path)}
         tasks = [{key: len(value) if isinstance(value, tuple) else value
-                  for key, value in task.items()} for task in report["tasks"]]
-        world.show(report, shown(report | {"tasks": tasks}))
+                  for key, value in task.items() if key not in ("text", "end_line")}
+                 for task in report["tasks"]]
+        world.show(report, shown(report | {"tasks": tasks, "context": ""}))
         return ExitCode.USAGE if plan.errors else ExitCode.OK
     config, docker, run = world.config, world.docker(), world.processes.run
     git, claude = ("git", "--version"), (*shlex.split(config.claude), "--version")

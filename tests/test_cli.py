@@ -184,13 +184,16 @@ def test_a_damaged_state_is_told_and_left_alone(cli: Cli) -> None:
 
 def test_check_plan_prints_the_documented_object(cli: Cli) -> None:
     report = cli.json("check", cli.file("plan.md", PLAN))
-    assert list(report) == ["milestone", "title", "branch", "tasks", "e2e", "warnings",
-                            "errors"]
+    assert list(report) == ["path", "milestone", "title", "sha256", "branch", "tasks",
+                            "e2e", "context", "warnings", "errors"]
     assert report["milestone"] == "plan" and report["title"] == "A plan"
     assert report["tasks"][0] == {
-        "id": "1.1", "title": "One", "line": 3, "end_line": 6, "type": "", "files": [],
-        "criteria": ["it is there"], "gates": [], "marked": False}
-    assert list(report["e2e"]) == ["heading", "line", "end_line", "text", "gates"]
+        "id": "1.1", "title": "One", "line": 3, "end_line": 6,
+        "text": PLAN[10:PLAN.index("\n\n## Task 1.2")], "type": "", "files": [],
+        "criteria": ["it is there"], "gates": [], "marked": False, "timeout_s": None,
+        "model": ""}
+    assert report["e2e"].keys() == report["tasks"][0].keys()
+    assert (report["e2e"]["id"], report["e2e"]["title"]) == ("e2e", "E2E Test")
     assert report["errors"] == []
 
 
@@ -204,7 +207,7 @@ def test_check_of_a_bad_plan_prints_its_errors_and_exits_with_2(cli: Cli) -> Non
 def test_check_shows_a_person_every_task_and_problem(cli: Cli) -> None:
     code, out, _ = cli("check", cli.file("plan.md", PLAN))
     assert code == 0 and re.search(r"^ +1\.1 +One ", out, re.MULTILINE)
-    assert "e2e:\n  heading: E2E" in out
+    assert "e2e:\n  id: e2e\n  title: E2E Test\n" in out
     _, out, _ = cli("check", cli.file("empty.md", "# Nothing\n"))
     assert re.search(r"errors:\n +line +message +hint\n +1 ", out)
 

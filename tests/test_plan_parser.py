@@ -1,6 +1,7 @@
 """Plan markdown in, tasks, E2E scenario, warnings and errors out."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -345,19 +346,6 @@ def test_a_byte_order_mark_is_no_text() -> None:
     assert ko.decode_plan(b"\xef\xbb\xbf# T", path=PLAN) == "# T"
 
 
-def test_the_report_has_the_documented_shape() -> None:
-    report = json.loads(json.dumps(ko.plan_report(parse(FULL))))
-    assert set(report) == {"milestone", "title", "branch", "tasks", "e2e", "warnings",
-                           "errors"}
-    assert set(report["tasks"][0]) == {"id", "title", "line", "end_line", "type",
-                                       "files", "criteria", "gates", "marked"}
-    assert set(report["e2e"]) == {"heading", "line", "end_line", "text", "gates"}
-    broken = ko.plan_report(parse("**Task 5.1**: x\n"))
-    assert broken["e2e"] is None
-    assert set(broken["warnings"][0]) == {"line", "message"}
-    assert set(broken["errors"][0]) == {"line", "message", "hint"}
-
-
 PIECES = st.sampled_from([
     "# T", "## Task 1.1: a", "### Task 1.2 — b", "## Task 1.1", "## Tasks 1-2: x",
     "```", "```bash", "````md", "~~~", "<!--", "-->", "---", "===", "", "text",
@@ -382,7 +370,7 @@ def test_no_text_makes_it_raise_and_lines_are_in_order(text: str) -> None:
         assert all(1 <= p.line <= total and p.message for p in problems)
     assert all(p.hint for p in plan.errors)
     assert plan.tasks or plan.errors
-    json.dumps(ko.plan_report(plan))
+    json.dumps(dataclasses.asdict(plan), default=str)
 
 
 @given(TEXTS)
