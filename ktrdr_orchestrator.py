@@ -443,14 +443,6 @@ class _Doc:
     headings: Sequence[tuple[int, Task]]   # level and section, with an id if a task
     tasks: Sequence[Task]
 
-def decode_plan(data: bytes, *, path: Path) -> str:
-    """The plan's text. Raises UsageError with path:line unless it is clean UTF-8."""
-    text = data.decode("utf-8-sig", errors="surrogateescape")
-    if bad := re.search("[\0\udc80-\udcff]", text):     # a NUL is valid, but no text
-        line, byte = text.count("\n", 0, bad.start()) + 1, ord(bad[0]) & 0xff
-        raise UsageError(f"{path}:{line}: byte 0x{byte:02x}", hint="save as UTF-8")
-    return text
-
 def _read(lines: Sequence[str], *, nested: bool) -> _Doc:
     """`nested`: an info string opens a fence in a fence, which CommonMark denies."""
     shown, fences, stack = list[str](), dict[int, int](), list[tuple[int, str]]()
@@ -518,7 +510,7 @@ def _e2e(doc: _Doc) -> Task | None:
             return replace(_task(doc, s), id=E2E_ID)     # no mere list of boxes to tick
     return None
 
-def _problems(doc: _Doc, other: _Doc, tasks: Sequence[Task],
+def _problems(doc: _Doc, other: _Doc, tasks: Sequence[Task], plan_text: str,
               name: str) -> Iterator[Problem]:
     """Inside this section a hint makes one an error: the plan must not be run then."""
     lines = {task.id: task.line for task in reversed(tasks)}
@@ -537,8 +529,11 @@ def _problems(doc: _Doc, other: _Doc, tasks: Sequence[Task],
     miss, missed = next(((at, f"; the nearest miss: {x[:80]}") for at, x in enumerate(
         doc.shown, 1) if _NEAR_MISS.match(x[:_HEAD_CHARS])), (1, ""))
     bare = ", ".join(task.id for task in tasks if not task.criteria)
+    before, byte, _ = re.split("([\0\udc80-\udcff]|\\Z)", plan_text, maxsplit=1)
     left_open = doc.lines[doc.unclosed - 1].strip()[:80]
     checks: list[tuple[int, object, str, str]] = [
+        (before.count("\n") + 1, byte, "no UTF-8 text: byte "
+         f"0x{byte.encode(errors='surrogateescape').hex()}", "save as UTF-8"),
         (miss, not tasks, f"no task heading{missed}", "write ## Task 1.1: Title"),
         (min(differing, default=1), differing, "a task? fences can be read in two ways",
          "" if is_odd else "give the outer fence four backticks, ````"),
@@ -569,7 +564,7 @@ def parse_plan(text: str, *, path: Path) -> Plan:
     names = [*re.findall(r"(?m)^milestone:[ \t]*([^#\n]*)", front), path.stem]
     branch = [*_BRANCH.findall("\n".join(doc.shown[:start])), ""][0]  # code, or a word
     name, branch = (_UNSAFE.sub("-", x)[:100].strip("-./") for x in (names[0], branch))
-    problems = sorted(_problems(doc, other, tasks, f"{path.name}: {title}"))
+    problems = sorted(_problems(doc, other, tasks, text, f"{path.name}: {title}"))
     return Plan(
         path, name.replace("/", "-") or "plan", title, tasks=tasks, e2e=e2e,
         sha256=hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest(),
@@ -2560,7 +2555,8 @@ def contents(name: str | Path) -> bytes:
     with disk(Path(name), "name a file"):
         return Path("/dev/stdin" if str(name) == "-" else name).read_bytes()
 def named_plan(name: str) -> Plan:
-    return parse_plan(decode_plan(contents(name), path=Path(name)), path=Path(name))
+    text = contents(name).decode("utf-8-sig", errors="surrogateescape")
+    return parse_plan(text, path=Path(name))
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help")

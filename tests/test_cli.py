@@ -109,7 +109,7 @@ BAD = {
     "no plan": ("run",),
     "a plan that is not there": ("check", "none.md"),
     "a folder as plan": ("run", "folder"),
-    "a binary plan": ("check", "binary"),
+    "a binary plan": ("run", "binary"),
     "a plan without tasks": ("run", "empty.md"),
     "a value that is no number": ("check", "plan.md", "--max-turns", "many"),
     "a value below the limit": ("check", "plan.md", "--max-turns", "0"),

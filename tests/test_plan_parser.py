@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 
 import ktrdr_orchestrator as ko
 
-PLAN = Path("plans/M1_demo.md")
-
 FULL = """\
 ---
 milestone: M1-demo
@@ -334,16 +332,22 @@ def test_without_front_matter_the_stem_names_the_milestone_safely() -> None:
 
 
 @pytest.mark.parametrize(("data", "message"), [
-    (b"\xff\xfeT\0", "M1_demo.md:1: byte 0xff"),
-    (b"a\nb\0", "M1_demo.md:2: byte 0x00"), (b"a\n\n\xe9", "M1_demo.md:3: byte 0xe9"),
+    (b"\xff\xfeT\0", "1: no UTF-8 text: byte 0xff"),
+    (b"a\nb\0", "2: no UTF-8 text: byte 0x00"), (b"---\nmilestone: \xe9\n---\n",
+                                               "2: no UTF-8 text: byte 0xe9"),
 ])
-def test_bytes_that_are_no_utf8_text_are_refused(data: bytes, message: str) -> None:
-    with pytest.raises(ko.UsageError, match=message):
-        ko.decode_plan(data, path=PLAN)
+def test_bytes_that_are_no_utf8_text_are_an_error(
+    tmp_path: Path, data: bytes, message: str,
+) -> None:
+    (tmp_path / "M1.md").write_bytes(data + b"\n# P\n\n## Task 1.1: a\n")
+    plan = ko.named_plan(str(tmp_path / "M1.md"))
+    assert messages(plan.errors) == message
+    json.dumps(dataclasses.asdict(plan), default=str)
 
 
-def test_a_byte_order_mark_is_no_text() -> None:
-    assert ko.decode_plan(b"\xef\xbb\xbf# T", path=PLAN) == "# T"
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "M1.md").write_bytes(b"\xef\xbb\xbf# T\n")
+    assert ko.named_plan(str(tmp_path / "M1.md")).title == "T"
 
 
 PIECES = st.sampled_from([
