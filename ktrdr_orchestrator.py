@@ -52,7 +52,6 @@ import textwrap
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -238,10 +237,9 @@ class Task:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
-    """Something about the plan that a person should see; `line` is 1-based."""
-    line: int
+    line: int                    # 1-based
     message: str
-    hint: str = ""
+    hint: str = ""               # what to write instead; a warning has none
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -301,17 +299,15 @@ class AgentResult:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a person is asked. An empty recommendation: the agent had none."""
     text: str
     options: tuple[str, ...] = ()
-    recommendation: str = ""
+    recommendation: str = ""     # empty: the agent had none
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A judgement and its reason: the rule that decided and what it saw."""
     status: VerdictStatus
-    rule: str
-    evidence: str
+    rule: str                    # that decided
+    evidence: str                # what it saw
     question: Question | None = None
     fix_plan: str = ""           # E2E: what would make it pass; empty: nobody knows
 
@@ -357,9 +353,8 @@ class TaskRecord:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """What a run waits for: `until` is RFC 3339, UTC."""
     reason: str
-    until: str
+    until: str                   # RFC 3339, UTC
 
 @dataclass(frozen=True, slots=True)
 class RunState:
@@ -512,7 +507,6 @@ def _e2e(doc: _Doc) -> Task | None:
 
 def _problems(doc: _Doc, other: _Doc, tasks: Sequence[Task], plan_text: str,
               name: str) -> Iterator[Problem]:
-    """Inside this section a hint makes one an error: the plan must not be run then."""
     lines = {task.id: task.line for task in reversed(tasks)}
     levels = {level for level, s in doc.headings if s.id}
     mentions = [(s.line, level, s.title) for level, s in doc.headings if not s.id]
@@ -730,7 +724,7 @@ class StreamDecoder:
                  max_repeats: int = 0) -> None:
         self._open, self._on_tool = bytearray(), on_tool    # a line that has not ended
         self._max_repeats, self._failures = max_repeats, dict[int, int]()
-        self._calls = deque[Mapping[str, Any]](maxlen=MAX_OPEN_CALLS)    # the latest
+        self._calls = list[Mapping[str, Any]]()     # the latest
         self.known: dict[str, Any] = {"events": 0, "bad_lines": 0, "session_id": ""}
 
     def feed(self, data: bytes) -> None:
@@ -783,7 +777,7 @@ class StreamDecoder:
         calls = [c for c in self._calls if c.get("id") == block.get("tool_use_id")]
         if block.get("type") == "tool_use":
             self._on_tool(tool_use(block))
-            self._calls.append(block)
+            self._calls = [*self._calls[1 - MAX_OPEN_CALLS:], block]
             questions = _list(_object(block.get("input")).get("questions"))
             asked = _object(questions and questions[0])
             if asked and block.get("name") == "AskUserQuestion":
