@@ -22,9 +22,8 @@ Settings: flag > environment ORCHESTRATOR_* > orchestrator.ini > default (Config
 Exit status: 0 done, 1 failed, 2 usage, plan, settings or state, 3 a person is needed,
     4 already running, 5 sandbox unusable, 70 bug, 75 try later, 130, 143 interrupted
 
-How to read this file: top to bottom. A section uses only names above it; its banner
-says what it may touch: [vocabulary] words; [pure] no I/O, clock or environment; [shell]
-one outside thing an adapter; [flow] adapters handed in; [cli] arguments, wiring.
+How to read it: top to bottom. A section uses only names above it and touches what its
+banner says: [pure] nothing outside, [shell] one outside thing each, [flow] adapters.
 """
 from __future__ import annotations
 
@@ -87,8 +86,7 @@ PR_SET_CHILD_SUBREAPER = 36      # linux/prctl.h
 BUNDLED = "refs/orchestrator/bundled"  # what a bundle for `fetch` holds
 MARK = "KTRDR_SANDBOX"           # environment variable that proves whose a process is
 CURED = "it is put right"        # what a person answers when the API refused to work
-PASSED_BY_HAND = "passed, I checked"   # a person's words that settle an E2E scenario
-SKIPPED_BY_HAND = "skip this scenario"
+BY_HAND = ("passed, I checked", "skip this scenario")   # a person settles the scenario
 ACCEPTED = "accept them"         # a person's word on weakened tests
 MISSING_SESSION = "missing_session"    # the rule that a new session cures
 ASKS_AGAIN = "asks again what was answered"    # the reason of a task that does
@@ -2340,7 +2338,7 @@ class E2ERunner(TaskRunner):
         record, config = state.record(E2E_ID), self._config
         here = [a for a in record.attempts if a.commit == state.head]
         failed = sum(a.status == VerdictStatus.FAILED for a in here)
-        is_by_hand = record.answer in (PASSED_BY_HAND, SKIPPED_BY_HAND)
+        is_by_hand = record.answer in BY_HAND
         if here and (is_by_hand or here[-1].status == VerdictStatus.COMPLETED):
             told = f"a person said: {record.answer}" if is_by_hand else \
                 f"flaky: failed {failed} of {len(here)} runs" if failed else ""
@@ -2381,7 +2379,7 @@ class E2ERunner(TaskRunner):
         is_unclear = verdict.status is VerdictStatus.NEEDS_HUMAN
         status = TaskStatus.NEEDS_HUMAN if is_unclear else TaskStatus.RUNNING
         return self._put(state, task, status=status, answer="", question=replace(
-            asked, options=(*asked.options, PASSED_BY_HAND, SKIPPED_BY_HAND)))
+            asked, options=(*asked.options, *BY_HAND)))
 
     def _red(self, state: RunState, task: Task) -> str:
         """What fails of the tasks' gates, passed once, or of the scenario's; or ''."""

@@ -232,7 +232,7 @@ def test_what_cannot_be_fixed_is_a_question_with_ways_out() -> None:
     a = world(BROKEN)
     asked = a.run().record("e2e").question
     assert asked and asked.text == "the port is wrong"
-    assert asked.options == (ko.PASSED_BY_HAND, ko.SKIPPED_BY_HAND)
+    assert asked.options == ko.BY_HAND
     assert waiting(a.state()) == ["e2e"] and a.notifier.news == []
 
 
@@ -242,7 +242,7 @@ def test_an_unclear_scenario_offers_what_the_session_offered() -> None:
     assert code(a) is ko.ExitCode.NEEDS_HUMAN
 
 
-@pytest.mark.parametrize("answer", [ko.PASSED_BY_HAND, ko.SKIPPED_BY_HAND])
+@pytest.mark.parametrize("answer", ko.BY_HAND)
 def test_a_person_may_settle_a_scenario(answer: str) -> None:
     a = world(UNCLEAR)
     a.run()
@@ -270,8 +270,8 @@ def test_a_person_at_the_terminal_sees_the_fix_and_agrees_to_it() -> None:
 
 
 def test_a_fix_that_a_person_declines_becomes_a_question() -> None:
-    a = world(broken("no"), terminal=FakeTerminal("n\n", f"{ko.PASSED_BY_HAND}\n"))
-    assert a.run().record("e2e").reason == f"a person said: {ko.PASSED_BY_HAND}"
+    a = world(broken("no"), terminal=FakeTerminal("n\n", f"{ko.BY_HAND[0]}\n"))
+    assert a.run().record("e2e").reason == f"a person said: {ko.BY_HAND[0]}"
     a = world(broken("no"), terminal=FakeTerminal("n\n", "later\n"))
     a.run()
     assert code(a) is ko.ExitCode.NEEDS_HUMAN and not a.state().fixes
