@@ -702,38 +702,39 @@ def _result(event: Mapping[str, Any], models: dict[str, Usage]) -> dict[str, Any
         "usage": sum(models.values(), Usage()), "turns": int(_number(get("num_turns"))),
         "duration_s": _number(get("duration_ms")) / 1000}
 
-class Redactor:
-    """Takes secrets out of a stream of bytes, cut anywhere."""
-    def __init__(self, secrets: Sequence[bytes]) -> None:
-        self._secrets, self._held = secrets, b""
-
-    def feed(self, data: bytes) -> bytes:
-        """What can be told; a secret's start is held back until the end (no data)."""
-        starts = [s[:n] for s in self._secrets for n in range(1, len(s)) if data]
-        data = self._held + data
-        for secret in self._secrets:
-            data = data.replace(secret, b"[redacted]")
-        self._held = max(filter(data.endswith, starts), key=len, default=b"")
-        return data.removesuffix(self._held)
+def redacted(data: bytes, secrets: Sequence[bytes], *,
+             is_end: bool) -> tuple[bytes, bytes]:
+    """What can be told, and a secret's start, to be held back until the end."""
+    for secret in secrets:
+        data = data.replace(secret, b"[redacted]")
+    starts = (s[:n] for s in secrets for n in range(1, len(s)) if not is_end)
+    held = max(filter(data.endswith, starts), key=len, default=b"")
+    return data.removesuffix(held), held
 
 class StreamDecoder:
     """Fold the events of a `claude -p` into an AgentResult; nothing makes it raise."""
     def __init__(self, on_tool: Callable[[str], None] = lambda told: None,
                  max_repeats: int = 0) -> None:
-        self._open, self._on_tool = bytearray(), on_tool    # a line that has not ended
+        self._open, self._on_tool = b"", on_tool    # a line that has not ended
         self._max_repeats, self._failures = max_repeats, dict[int, int]()
-        self._calls = list[Mapping[str, Any]]()     # the latest
+        self._calls = list[Mapping[str, Any]]()      # the latest
         self.known: dict[str, Any] = {"events": 0, "bad_lines": 0, "session_id": ""}
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes, cut anywhere; tell the tool calls seen in them."""
-        for number, piece in enumerate(data.split(b"\n")):
-            if number:
-                self._line(self._open)
-                self._open.clear()
-            self._open += piece
-            if len(self._open) > MAX_LINE_BYTES:
-                self._open[32:] = b"\0"   # enough to know its kind; no JSON holds a NUL
+        *lines, self._open = (     # so much tells its kind, and no JSON holds a NUL
+            line if len(line) <= MAX_LINE_BYTES else line[:32] + b"\0"
+            for line in (self._open + data).split(b"\n"))
+        for line in lines:
+            if (line.startswith(_UNREAD) and line.find(_FAILED, 0, _FAILED_WITHIN) < 0
+                    or line.startswith(b'{"type":"assistant"')
+                    and b'"type":"tool_use"' not in line):
+                self.known["events"] += 1
+            elif line.strip():
+                events = [*json_objects([line])]
+                self.known["bad_lines"] += not events
+                for event in events:
+                    self._event(event)
 
     def finish(self, stderr: bytes | bytearray = b"") -> AgentResult:
         """The whole call. How it ended is told by our own last line."""
@@ -741,51 +742,40 @@ class StreamDecoder:
         tail = stderr[-STDERR_TAIL_BYTES:].decode("utf-8", "replace").strip()
         return AgentResult(**self.known, stderr_tail=tail)
 
-    def _line(self, line: bytearray) -> None:
-        if (line.startswith(_UNREAD) and line.find(_FAILED, 0, _FAILED_WITHIN) < 0) or (
-                line.startswith(b'{"type":"assistant"')
-                and b'"type":"tool_use"' not in line):
-            self.known["events"] += 1
-        elif line.strip():
-            events = [*json_objects([line])]
-            self.known["bad_lines"] += not events
-            for event in events:
-                self._event(event)
-
     def _event(self, event: Mapping[str, Any]) -> None:
-        kind, known = event.get("type"), self.known
-        known["events"] += kind != END_EVENT
+        known = self.known
+        known["events"] += event.get("type") != END_EVENT
         known["session_id"] = _text(event.get("session_id")) or known["session_id"]
-        if kind in ("assistant", "user"):
-            for raw in _list(_object(event.get("message")).get("content")):
-                self._part(_object(raw))
-        elif kind == "result":
-            known |= _result(event, known.get("models", {}))
-        elif kind == "rate_limit_event":
-            info = _object(event.get("rate_limit_info"))
-            if info.get("status") == "rejected":
-                known["limit_resets_at"] = _number(info.get("resetsAt")) or None
-        elif kind == END_EVENT:
-            known["exit_code"], ended = event.get("exit_code"), event.get("ended")
-            known["ended"] = next((e for e in Ended if e == ended), Ended.LOST)
-            known["duration_s"] = _number(event.get("duration_s"))
+        match event:
+            case {"type": "assistant" | "user", "message": {"content": [*blocks]}}:
+                for block in blocks:
+                    self._part(block)
+            case {"type": "result"}:
+                known |= _result(event, known.get("models", {}))
+            case {"rate_limit_info": {"status": "rejected", **limit}}:
+                known["limit_resets_at"] = _number(limit.get("resetsAt")) or None
+            case {"type": kind, "ended": ended, "exit_code": code} if kind == END_EVENT:
+                known["ended"] = next((e for e in Ended if e == ended), Ended.LOST)
+                known["exit_code"] = code
+                known["duration_s"] = _number(event.get("duration_s"))
 
-    def _part(self, block: Mapping[str, Any]) -> None:
+    def _part(self, block: Any) -> None:
         """Tell a tool call; count the calls that were the same and failed the same."""
-        calls = [c for c in self._calls if c.get("id") == block.get("tool_use_id")]
-        if block.get("type") == "tool_use":
-            self._on_tool(tool_use(block))
-            self._calls = [*self._calls[1 - MAX_OPEN_CALLS:], block]
-            questions = _list(_object(block.get("input")).get("questions"))
-            asked = _object(questions and questions[0])
-            if asked and block.get("name") == "AskUserQuestion":
+        match block:
+            case {"type": "tool_use"}:
+                self._on_tool(tool_use(block))
+                self._calls = [*self._calls[1 - MAX_OPEN_CALLS:], block]
+            case {"is_error": True, "tool_use_id": call_id}:
+                for call in [c for c in self._calls if c.get("id") == call_id][-1:]:
+                    key = hash(json.dumps((call.get("input"), block.get("content"))))
+                    times = self._failures[key] = self._failures.get(key, 0) + 1
+                    if 0 < self._max_repeats <= times:
+                        told = f"failed {times} times alike: {tool_use(call)}"
+                        self.known["repeated"] = told
+        match block:
+            case {"type": "tool_use", "name": "AskUserQuestion",
+                  "input": {"questions": [{"question": _} as asked, *_]}}:
                 self.known["asked"] = {**asked, "status": "needs_human"}
-        elif calls and block.get("is_error") is True:
-            key = hash(json.dumps((calls[-1].get("input"), block.get("content"))))
-            times = self._failures[key] = self._failures.get(key, 0) + 1
-            if 0 < self._max_repeats <= times:
-                told = f"failed {times} times alike: {tool_use(calls[-1])}"
-                self.known["repeated"] = told
 
 # ==== 7. Verdict ===================================================== [pure]
 _LIMIT = re.compile(r"(?i)(?:usage|hour|weekly|session)[ _]limit[ _]reached"
@@ -1034,7 +1024,6 @@ class ProcessResult:
     stdout: bytes = b""
     stderr: bytes = b""
     interrupted: Interrupted | None = None
-
     @property
     def output(self) -> str:
         return (self.stdout + self.stderr).decode(errors="replace").strip()
@@ -1061,6 +1050,7 @@ class _Child:
     def __init__(self, command: Command, listener: Listener, clock: Clock,
                  secrets: Sequence[bytes] = ()) -> None:
         self._command, self._listener, self._clock = command, listener, clock
+        self._secrets = secrets
         try:
             p = subprocess.Popen(
                 command.argv, cwd=command.cwd, env=command.env, start_new_session=True,
@@ -1072,7 +1062,7 @@ class _Child:
         assert p.stdin and p.stdout and p.stderr
         self.popen, self._stdin, self._unsent = p, p.stdin, memoryview(command.stdin)
         self.started_at = self._last_output_at = clock.monotonic()
-        self.open_pipes = {p.stdout: Redactor(secrets), p.stderr: Redactor(secrets)}
+        self.open_pipes = {p.stdout: b"", p.stderr: b""}     # and what is held back
         with contextlib.suppress(AttributeError, OSError):   # a mere speed-up
             fcntl.fcntl(p.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
@@ -1089,7 +1079,9 @@ class _Child:
         for pipe in ready:
             if data := os.read(pipe.fileno(), PIPE_BYTES):
                 self._last_output_at = self._clock.monotonic()
-            if told := self.open_pipes[pipe].feed(data):
+            told, self.open_pipes[pipe] = redacted(
+                self.open_pipes[pipe] + data, self._secrets, is_end=not data)
+            if told:
                 self._listener.hear(told, is_error=pipe is self.popen.stderr)
             if not data:
                 del self.open_pipes[pipe]
@@ -1138,8 +1130,7 @@ class Processes:
                 ended = child.tell_until(child.has_ended, timeout_s, idle_s=idle_s)
             except Interrupted as signalled:
                 interrupted = signalled
-            if ended is not Ended.EXIT:
-                child.stop()
+            child.stop()         # nothing happens if it has ended
             child.tell_until(lambda: not child.open_pipes, DRAIN_GRACE_S)
             return ProcessResult(
                 ended, child.popen.poll(), self._clock.monotonic() - child.started_at,
