@@ -60,7 +60,7 @@ from typing import Any, NoReturn, TextIO
 # ==== 1. Constants, exit codes, errors ========================= [vocabulary]
 __version__ = "0.1.0"
 PROGRAM = "ktrdr-orchestrator"
-STATE_VERSION = 2                # raised on every incompatible change of the state file
+STATE_VERSION = 3                # raised on every incompatible change of the state file
 KILL_GRACE_S = 3.0               # SIGINT -> SIGKILL; the CLI answers SIGINT in 0.35 s
 RESULT_GRACE_S = 10.0            # `result` event -> end; seen to hang for over 60 s
 DRAIN_GRACE_S = 0.5              # exit of the process -> its pipes are given up
@@ -345,9 +345,8 @@ class TaskRecord:
     answer: str = ""
     waited_s: float = 0.0        # for the answer
     reason: str = ""
-    base: str = ""               # the commit before the task
-    checkpoint: str = ""         # and after it
-    session_id: str = ""         # that an outage cut short
+    checkpoint: str = ""         # the commit after the task
+    session_id: str = ""         # to go on in, after an outage or a question
 
 @dataclass(frozen=True, slots=True)
 class Wait:
@@ -367,6 +366,7 @@ class RunState:
     base: str = ""               # the commit the milestone started from
     head: str = ""               # the latest checkpoint
     tasks: Mapping[str, TaskRecord] = field(default_factory=dict)
+    in_flight: str = ""          # the task whose latest work is in the workspace
     wait: Wait | None = None
     cost_usd: float = 0.0
     findings: tuple[str, ...] = ()     # what weakens the tests
@@ -2053,27 +2053,16 @@ def ask_person(crew: Crew, state: RunState, task_id: str) -> RunState:
         state, task_id, answer, crew.store, crew.ledger, crew.clock)
 
 # ==== 16. Task runner ================================================ [flow]
-_Judge = Callable[[AgentResult], Verdict]
 def left_to_wait_s(wait: Wait, now: datetime) -> float:
     return (datetime.fromisoformat(wait.until or stamp(now)) - now).total_seconds()
-def git_name(text: str) -> str:
-    """A text as one component of a ref."""
+def git_name(text: str) -> str:              # as one component of a ref
     return re.sub(r"[^A-Za-z0-9_-]+", ".", text).strip(".").replace(".lock", "") or "x"
-def ref(milestone: str, kind: str, name: str) -> str:
-    """Where a checkpoint or rejected work of a milestone stays reachable."""
+def ref(milestone: str, kind: str, name: str) -> str:    # where it stays reachable
     return f"refs/orchestrator/{git_name(milestone)}/{kind}/{git_name(name)}"
 def money_reason(config: Config, state: RunState) -> str:
     """Why no call may be made any more, or ''."""
     told = f"money limit: ${state.cost_usd:.2f} spent of ${config.max_cost_usd:.2f}"
     return told if 0 < config.max_cost_usd <= state.cost_usd else ""
-def in_flight(record: TaskRecord) -> str:
-    """The last attempt's verdict, while its uncommitted work is in the workspace."""
-    judged = (a.status for a in record.attempts if a.number == record.started)
-    return next(judged, "") if record.base else ""
-def without_work(state: RunState) -> RunState:
-    """The state when the workspace goes back under whatever was in flight."""
-    return replace(state, tasks={i: r if r.status is TaskStatus.COMPLETED else replace(
-        r, base="", session_id="") for i, r in state.tasks.items()})
 
 def stop_reason(config: Config, state: RunState, task_id: str) -> str:
     """Why the task must not be tried again, or ''. A failed E2E run is no reason."""
@@ -2086,6 +2075,7 @@ def stop_reason(config: Config, state: RunState, task_id: str) -> str:
 class TaskRunner:
     """Attempts one task until it is completed, stuck, or waits for a person. The next
     step is chosen by what the last one saved, after a crash too."""
+    _schema, _key = VERDICT_SCHEMA, "status"     # of a report, of a STATUS marker
     def __init__(self, crew: Crew, plan: Plan, guidance: str = "") -> None:
         self._crew, self._config, self._save = crew, crew.config, crew.store.save
         self._plan, self._guidance, self._tell = plan, guidance, crew.reporter.progress
@@ -2131,14 +2121,14 @@ class TaskRunner:
     def _settle(self, state: RunState, task: Task) -> RunState | None:
         """Run the gates on what the agent calls completed, now or before a crash."""
         record, sandbox = state.record(task.id), self._crew.sandbox
-        if (word := in_flight(record)) == VerdictStatus.FAILED:
-            return self._roll_back(state, task)
-        if word != VerdictStatus.COMPLETED:
+        *others, last = record.attempts or (None,)
+        if not last or state.in_flight != task.id or record.session_id:
             return None
+        if last.status != VerdictStatus.COMPLETED:
+            return self._roll_back(state, task)
         told = (self._gate(gate, task) for gate in task.gates)
         if why := next(filter(None, told), ""):
             # the ledger has the agent's word; the gate's, which outranks it, is free
-            *others, last = record.attempts
             last = replace(last, status=VerdictStatus.FAILED, rule="gate", evidence=why)
             self._book(state, task, last, kind="gate", cost_usd=0.0)
             return self._put(state, task, attempts=(*others, last))
@@ -2147,34 +2137,31 @@ class TaskRunner:
             message=f"Task {task.id}: {task.title}")
         self._is_clean = True
         self._tell(f"Task {task.id} completed, commit {commit[:10]}")
-        return self._put(replace(state, head=commit), task, reason="",
+        return self._put(replace(state, head=commit, in_flight=""), task, reason="",
                          status=TaskStatus.COMPLETED, checkpoint=commit)
 
     def _attempt(self, state: RunState, task: Task) -> RunState:
         """From the checkpoint, or in the session whose question was answered."""
         old, config = state.record(task.id), self._config
-        is_answered = old.answer and in_flight(old) == VerdictStatus.NEEDS_HUMAN
-        session = old.attempts[-1].session_id if is_answered else old.session_id
+        session = old.session_id if state.in_flight == task.id else ""
         prompt = task_prompt(self._plan, task, replace(old, started=old.started + 1),
                              max_attempts=config.max_attempts, guidance=self._guidance)
         if session:
-            answer = f"{old.answer}\n\n{self._guidance}" if is_answered else ""
+            answer = f"{old.answer}\n\n{self._guidance}" if old.answer else ""
             prompt = resumed_prompt(prompt.partition("\n")[0], answer)
         else:
             state = self._roll_back(state, task)
-        state, verdict = self._ask(state, task, prompt, VERDICT_SCHEMA, judge, session)
+        state, verdict = self._ask(state, task, prompt, session_id=session)
         if verdict is None:
             return state
-        if is_answered and old.question and verdict.question and similarity(
-                verdict.question.text, old.question.text) >= config.error_similarity:
+        asked, last = verdict.question, state.record(task.id).attempts[-1]
+        if session and old.answer and old.question and asked and similarity(
+                asked.text, old.question.text) >= config.error_similarity:
             return self._fail(state, task, f"{ASKS_AGAIN}: {old.question.text}")
-        if session and verdict.rule == MISSING_SESSION:      # a new one gets the answer
-            state = state.updated(task.id, base="", started=old.started,
-                                  attempts=old.attempts)
-        elif verdict.status is VerdictStatus.NEEDS_HUMAN and not detect_loop(
+        if verdict.status is VerdictStatus.NEEDS_HUMAN and not detect_loop(
                 state.record(task.id), config):      # there may be too many questions
             state = state.updated(task.id, status=TaskStatus.NEEDS_HUMAN, answer="",
-                                  question=verdict.question)
+                                  question=asked, session_id=last.session_id)
         return self._save(state)
 
     def _put(self, state: RunState, task: Task, **changes: Any) -> RunState:
@@ -2189,7 +2176,7 @@ class TaskRunner:
         if self._is_clean:
             return state
         sandbox, record = self._crew.sandbox, state.record(task.id)
-        state = self._save(without_work(state))
+        state = self._save(replace(state, in_flight=""))
         kept = ref(state.milestone, "rejected", f"{task.id}-{record.started}")
         while sandbox.has_commit(kept):      # numbers come again, refs must not
             kept += "_"
@@ -2205,49 +2192,51 @@ class TaskRunner:
         which = f"run {number}" if task.id == E2E_ID else f"attempt {number} of {limit}"
         self._is_clean = False
         self._crew.reporter.begin(task.id, f"Task {task.id}: {task.title} ({which})")
-        return self._put(state, task, title=task.title, sha256=task.sha256, reason="",
-                         status=TaskStatus.RUNNING, started=number, session_id="")
+        return self._put(
+            replace(state, in_flight=""), task, title=task.title, sha256=task.sha256,
+            reason="", status=TaskStatus.RUNNING, started=number, session_id="")
 
-    def _ask(self, state: RunState, task: Task, prompt: str, schema: Mapping[str, Any],
-             judged: _Judge, session_id: str = "") -> tuple[RunState, Verdict | None]:
-        """One attempt, counted before the call; no verdict or count after an outage."""
+    def _ask(self, state: RunState, task: Task, prompt: str, *, session_id: str = "",
+             red: str = "") -> tuple[RunState, Verdict | None]:
+        """One attempt, counted before the call; none if the API or session was away."""
         state, config = self._counted(state, task), self._config
         state, attempt, verdict, result = self._call(
-            state, task, judged, {}, prompt=prompt, schema=schema, model=task.model,
-            session_id=session_id, timeout_s=task.timeout_s)
+            state, task, red, prompt=prompt, session_id=session_id, model=task.model,
+            timeout_s=task.timeout_s)
         if problem := outage(result):
-            state = state.updated(task.id, session_id=result.session_id,
-                                  started=state.record(task.id).started - 1)
+            state = replace(state, in_flight=result.session_id and task.id).updated(
+                task.id, session_id=result.session_id, started=attempt.number - 1)
             return self._put_off(state, task, problem), None
+        if session_id and verdict.rule == MISSING_SESSION:   # a new one gets the answer
+            return self._put(state, task, started=attempt.number - 1), None
         if config.interpreter and verdict.rule.startswith("text_") and not (
                 money_reason(config, state)):
-            prompt = interpreter_prompt(self._plan, task, result.text)
             state, _, read, _ = self._call(
-                state, task, judge, {"kind": "interpreter"}, prompt=prompt, timeout_s=
-                None, schema=VERDICT_SCHEMA, model=config.interpreter, session_id="",
-                is_reader=True)
+                state, task, prompt=interpreter_prompt(self._plan, task, result.text),
+                session_id="", model=config.interpreter, timeout_s=None, is_reader=True)
             if read.rule == "structured":
                 verdict = replace(read, rule="interpreter")
         attempt = replace(attempt, status=verdict.status, rule=verdict.rule)
         self._outages = self._losses = 0
         attempts = (*state.record(task.id).attempts, attempt)
-        return state.updated(task.id, attempts=attempts, base=state.head), verdict
+        return replace(state, in_flight=task.id).updated(
+            task.id, attempts=attempts), verdict
 
-    def _call(self, state: RunState, task: Task, judged: _Judge, more: dict[str, str],
-              **options: Any) -> tuple[RunState, Attempt, Verdict, AgentResult]:
-        """One call, in the ledger with `more`. Raises what stopped it, uncounted."""
+    def _call(self, state: RunState, task: Task, red: str = "", **options: Any,
+              ) -> tuple[RunState, Attempt, Verdict, AgentResult]:
+        """One call, which is in the ledger then. Raises what stopped it, uncounted."""
         crew, limit_usd = self._crew, self._config.max_cost_usd
         number, at = state.record(task.id).started, stamp(crew.clock.now())
         transcript = crew.store.new_transcript(task.id, number)
         try:
             with crew.telemetry.span("claude_invoke", task=task.id) as note:
                 result, stopped = crew.agent.ask(
-                    transcript=transcript,
+                    transcript=transcript, schema=self._schema,
                     budget_usd=limit_usd and limit_usd - state.cost_usd, **options)
                 note({"gen_ai.conversation.id": result.session_id,
                       "gen_ai.usage.output_tokens": result.usage.output,
                       "orchestrator.cost_usd": result.usage.cost_usd})
-            verdict, problem = judged(result), outage(result)
+            verdict, problem = judge(result, self._key, red), outage(result)
             word = "interrupted" if stopped else "outage" if problem else verdict.status
             rule, evidence = (problem.kind, problem.reason) if problem else (
                 verdict.rule, verdict.evidence)
@@ -2255,6 +2244,7 @@ class TaskRunner:
                 number, at, round(result.duration_s, 3), result.ended, word, rule,
                 shortened(evidence), result.session_id, result.turns,
                 round(result.usage.cost_usd, 6), verdict.fix_plan, state.head)
+            more = {"kind": "interpreter"} if "is_reader" in options else {}
             self._book(state, task, attempt, result, transcript=transcript.name, **more)
             state = replace(state, cost_usd=state.cost_usd + attempt.cost_usd)
             if stopped:
@@ -2280,9 +2270,9 @@ class TaskRunner:
         """The wait saved, or a question if none is a cure. Raises OutageError."""
         now_s = self._crew.clock.now().timestamp()
         if problem.kind is OutageKind.PERSON:
-            told = f"Claude Code cannot work: {problem.reason}"
-            return self._put(state, task, status=TaskStatus.NEEDS_HUMAN, answer="",
-                             question=Question(told, (CURED,)), session_id="")
+            asked = Question(f"Claude Code cannot work: {problem.reason}", (CURED,))
+            return self._put(replace(state, in_flight=""), task, question=asked,
+                             answer="", status=TaskStatus.NEEDS_HUMAN)
         self._outages += 1
         wait_s = retry_delay_s(problem, self._outages, now_s, self._config)
         until_s = now_s + wait_s if wait_s is not None else (
@@ -2296,16 +2286,16 @@ class TaskRunner:
 
     def _sit_out(self, state: RunState) -> RunState:
         """Wait as saved, maybe by an earlier run."""
-        wait, clock = state.wait, self._crew.clock
-        if wait and (wait_s := left_to_wait_s(wait, clock.now())) > 0:
-            told = f"{wait.reason}: going on at {wait.until}"
-            self._tell(told)
-            if wait_s > LONG_WAIT_S:
-                self._crew.notifier.tell("waiting", state.milestone, told)
-            while (left_s := left_to_wait_s(wait, clock.now())) > 0:
-                clock.sleep(self._crew.reporter.countdown(left_s))
-            if wait_s > LONG_WAIT_S:
-                self._crew.notifier.tell("resumed", state.milestone, wait.reason)
+        wait, crew = state.wait or Wait("", ""), self._crew
+        wait_s = left_to_wait_s(wait, crew.clock.now())
+        if wait_s > 0:
+            self._tell(told := f"{wait.reason}: going on at {wait.until}")
+        if wait_s > LONG_WAIT_S:
+            crew.notifier.tell("waiting", state.milestone, told)
+        while (left_s := left_to_wait_s(wait, crew.clock.now())) > 0:
+            crew.clock.sleep(crew.reporter.countdown(left_s))
+        if wait_s > LONG_WAIT_S:
+            crew.notifier.tell("resumed", state.milestone, wait.reason)
         return replace(state, wait=None)
 
     def _gate(self, gate: str, task: Task) -> str:
@@ -2322,7 +2312,7 @@ class TaskRunner:
 # ==== 17. E2E runner ================================================= [flow]
 class E2ERunner(TaskRunner):
     """The scenario: run again, since it may be flaky, then fixed or put to a person."""
-    _green_at = ""               # the commit at which all tasks' gates have passed
+    _schema, _key = E2E_SCHEMA, "e2e_status"
 
     def _settle(self, state: RunState, task: Task) -> RunState | None:
         """What the runs on this checkpoint lead to; None: to a run."""
@@ -2362,8 +2352,7 @@ class E2ERunner(TaskRunner):
             return self._put(state, task, attempts=(*runs, run))
         sessions = sum(bool(a.session_id) for a in runs)
         prompt = e2e_prompt(self._plan, task, sessions + 1, red)
-        state, verdict = self._ask(state, task, prompt, E2E_SCHEMA,
-                                   lambda result: judge(result, "e2e_status", red))
+        state, verdict = self._ask(state, task, prompt, red=red)
         if verdict is None:
             return state
         asked = verdict.question or Question(verdict.evidence)
@@ -2374,11 +2363,11 @@ class E2ERunner(TaskRunner):
 
     def _red(self, state: RunState, task: Task) -> str:
         """What fails of the tasks' gates, passed once, or of the scenario's; or ''."""
-        self._is_clean = False
+        self._is_clean, runs = False, state.record(E2E_ID).attempts
+        known = {run.commit for run in runs if run.rule != "gate"} | {
+            fix.checkpoint for fix in state.fixes.values()}    # the tasks' passed there
         tasks = [t for t in self._plan.tasks if state.record(t.id).checkpoint]
-        for step in (*tasks, task) if self._green_at != state.head else (task,):
-            if step is task:             # so those of the tasks have passed
-                self._green_at = state.head
+        for step in (task,) if state.head in known else (*tasks, task):
             for gate in step.gates:
                 if told := self._gate(gate, step):
                     return f"{self._breaker(state, step, gate)}task {step.id}'s {told}"
@@ -2413,10 +2402,7 @@ class E2ERunner(TaskRunner):
         fix = replace(task, id=f"{FIX_ID}{number}", title=f"E2E fix {number}",
                       text="\n\n".join((*texts, task.text)), gates=tuple(gates))
         crew = replace(self._crew, config=replace(self._config, max_attempts=1))
-        state = TaskRunner(crew, self._plan).run(state, fix)
-        if state.record(fix.id).status is TaskStatus.COMPLETED:
-            self._green_at = state.head
-        return state
+        return TaskRunner(crew, self._plan).run(state, fix)
 
 # ==== 18. Milestone runner =========================================== [flow]
 def _guarded(crew: Crew, plan: Plan, state: RunState) -> RunState:
@@ -2426,13 +2412,11 @@ def _guarded(crew: Crew, plan: Plan, state: RunState) -> RunState:
     for finding in findings:
         crew.reporter.progress(f"guard: {finding}")
     asked = Question(f"Tests say less now: {'; '.join(findings)}", (ACCEPTED, "reject"))
-    tasks = dict(state.tasks)
-    record = tasks.pop(GUARD_ID, TaskRecord())
-    if record.question != asked:             # consent was to what was found then
-        record = TaskRecord(status=TaskStatus.NEEDS_HUMAN, question=asked)
-    if crew.config.guard == "strict" and findings:
-        tasks[GUARD_ID] = record
+    tasks = {i: r for i, r in state.tasks.items()    # consent was to what it was then
+             if i != GUARD_ID or r.question == asked and crew.config.guard == "strict"}
     state = replace(state, findings=findings, guarded=state.head, tasks=tasks)
+    if findings and crew.config.guard == "strict":
+        state = state.updated(GUARD_ID, status=TaskStatus.NEEDS_HUMAN, question=asked)
     if GUARD_ID in questions(state):
         state = ask_person(crew, crew.store.save(state), GUARD_ID)
     if answer := state.record(GUARD_ID).answer:
@@ -2451,7 +2435,7 @@ def _begun(crew: Crew, state: RunState) -> RunState:
     if not sandbox.has_commit(state.head):
         sandbox.recover(state.branch, state.head)
     if sandbox.sh('git merge-base --is-ancestor "$1" HEAD', state.head).exit_code:
-        state = without_work(state)      # somebody reset the workspace meanwhile
+        state = replace(state, in_flight="")     # somebody reset it meanwhile
     spent_usd = sum(_number(e.get("cost_usd")) for e in crew.ledger.of_run(state))
     return replace(state, cost_usd=max(state.cost_usd, spent_usd))
 
@@ -2478,12 +2462,11 @@ def with_plan_changes(state: RunState, plan: Plan) -> tuple[RunState, tuple[str,
     if state.plan_sha256 == plan.sha256:
         return state, ()
     texts, old = {step.id: step.sha256 for step in plan.steps}, state.tasks.items()
-    done = {i for i, r in old if r.status is TaskStatus.COMPLETED and i != E2E_ID}
-    kept = {i: record for i, record in old if record.sha256 == texts.get(i)
-            or i in done or i.startswith(FIX_ID)}
+    kept = {i: r for i, r in old if r.sha256 == texts.get(i) or i.startswith(FIX_ID)
+            or r.status is TaskStatus.COMPLETED and i != E2E_ID}
     told = [f"{plan.path} was changed since the milestone started"]
     told += [f"task {i} is completed, but edited; `task {plan.path} {i}` does it again"
-             if i in done else f"task {i} was edited; its attempts start anew"
+             if i in kept else f"task {i} was edited; its attempts start anew"
              for i, record in old if record.sha256 != texts.get(i, record.sha256)]
     return replace(state, tasks=kept, plan_sha256=plan.sha256), tuple(told)
 

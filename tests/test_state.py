@@ -19,10 +19,10 @@ ATTEMPT = ko.Attempt(1, "2030-01-01T00:00:00+00:00", 1.5, "exit", "completed",
                      "structured", "done", "s-1", 3, 0.25)
 STATE = ko.RunState(
     "m1", "plan.md", "ab" * 32, "orchestrator/m1", "local", "2030-01-01T00:00:00+00:00",
-    base="0" * 40, head="1" * 40, cost_usd=0.25,
+    base="0" * 40, head="1" * 40, cost_usd=0.25, in_flight="1.3",
     wait=ko.Wait("overloaded", "2030-01-01T00:05:00+00:00"),
     tasks={"1.1": ko.TaskRecord("One", "cd" * 32, ko.TaskStatus.COMPLETED, 1,
-                                (ATTEMPT,), checkpoint="1" * 40, base="0" * 40),
+                                (ATTEMPT,), checkpoint="1" * 40),
            "1.2": ko.TaskRecord("Two", "ef" * 32, ko.TaskStatus.NEEDS_HUMAN, 1, (),
                                 ko.Question("Which?", ("a", "b"), "a")),
            "1.3": ko.TaskRecord("Three", status=ko.TaskStatus.FAILED, started=3),
