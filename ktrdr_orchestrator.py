@@ -1876,27 +1876,22 @@ def status_json(state: RunState, plan: Plan | None, is_running: bool) -> dict[st
             "question": r.question if r.status is TaskStatus.NEEDS_HUMAN else None,
             } for i, r in records.items()]}
 
-def status_rows(report: Mapping[str, Any]) -> list[dict[str, object]]:
-    return [{"task": t["id"], "status": t["status"], "attempts": t["attempts"],
+def status_text(report: Mapping[str, Any]) -> str:
+    """`status_json` for a person, with what is left to do and the next command."""
+    rows = [{"task": t["id"], "status": t["status"], "attempts": t["attempts"],
              "time": duration_text(t["duration_s"]), "cost": f"${t['cost_usd']:.2f}",
              "title": t["title"]} for t in report["tasks"]]
-
-def left_to_do(report: Mapping[str, Any]) -> str:
-    """Its questions, reasons, waits and the next command."""
-    lines = [question_text(t["id"], t["question"]) if t["question"] else
-             f"Task {t['id']}: {t['reason']}"
-             for t in report["tasks"] if t["question"] or t["reason"]]
+    left = [question_text(t["id"], t["question"]) if t["question"] else
+            f"Task {t['id']}: {t['reason']}"
+            for t in report["tasks"] if t["question"] or t["reason"]]
     if wait := report["wait"]:
-        lines.append(f"Waits until {wait.until or 'a new start'}: {wait.reason}")
+        left.append(f"Waits until {wait.until or 'a new start'}: {wait.reason}")
     after = {"completed": "fetch", "needs_human": "resume --answer TEXT",
              "running": "status", "failed": "logs"}.get(report["status"], "run")
-    return "\n".join((*lines, f"next: {PROGRAM} {after} {report['plan']}"))
-
-def status_text(report: Mapping[str, Any]) -> str:
-    """`status_json` for a person."""
-    told = "{milestone}: {status}, ${cost_usd:.2f}, branch {branch}".format(**report)
-    table = shown(status_rows(report) or "no task was begun")
-    return f"{told}\n{table}\n{left_to_do(report)}"
+    return "\n".join((
+        "{milestone}: {status}, ${cost_usd:.2f}, branch {branch}".format(**report),
+        shown(rows or "no task was begun"), *left,
+        f"next: {PROGRAM} {after} {report['plan']}"))
 
 def readable_events(lines: Iterable[bytes]) -> Iterator[str]:
     """The lines of `logs`: what the agent said, did and got to see."""
@@ -1916,83 +1911,42 @@ _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
  content="default-src 'none'; style-src 'unsafe-inline'"><title>%s</title><style>
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; display: block; overflow-x: auto }
-td, th { border-bottom: 1px solid #8886; padding: .3rem .6rem; text-align: left }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid #8886;
- padding-left: .8rem } svg { width: 100%% } text { fill: currentColor }
-rect { fill: #88a } .completed { fill: #2a9d55; color: #2a9d55 }
-.failed { fill: #d0393b; color: #d0393b }
-.needs_human, .answer { fill: #b7791f; color: #b7791f } .answer { opacity: .5 }
-</style><main>%s</main></html>
+pre { white-space: pre-wrap; overflow-wrap: anywhere; padding-left: .8rem;
+ border-left: 3px solid #8886 }
+svg { display: block; width: 100%%; height: .4rem; margin-top: .6rem }
+rect { fill: #88a } .completed { fill: #2a9d55 } .failed { fill: #d0393b }
+.needs_human, .answer { fill: #b7791f } .answer { opacity: .5 }
+</style><h1>%s</h1><pre>%s</pre>%s</html>
 """
 
-def called(line: Mapping[str, Any]) -> str:
-    """A word for a line of the ledger."""
-    return str(line.get("status") or line.get("kind"))
+def details(title: str, *texts: str) -> str:
+    """A line that unfolds; what agents wrote is harmless in it."""
+    inside = "".join(f"<pre>{html.escape(text)}</pre>" for text in texts if text)
+    return f"<details><summary>{html.escape(title)}</summary>{inside}</details>"
 
-class Html(str):
-    """Markup; whatever else goes into a page is escaped by `element`."""
-
-def element(name: str, *inside: object, **attributes: object) -> Html:
-    """Markup in which what agents wrote is harmless."""
-    told = "".join(f' {key.rstrip("_")}="{html.escape(str(value))}"'
-                   for key, value in attributes.items())
-    parts = (part if isinstance(part, Html) else html.escape(
-        _CONTROLS.sub("", str(part))) for part in inside)
-    return Html(f"<{name}{told}>{''.join(parts)}</{name}>")
-
-def html_table(rows: Sequence[Mapping[str, object]]) -> Html:
-    head = [element("th", key, scope="col") for key in rows[0]]
-    return element("table", element("tr", *head), *(element("tr", *(
-        element("td", value, class_=value if key == "status" else "")
-        for key, value in row.items())) for row in rows))
-
-def timeline(lines: Sequence[Mapping[str, Any]]) -> Html:
-    """A bar for each call, gate and wait for an answer; a task is a row."""
-    bars, rows = [], dict[str, int]()
+def report_page(state: RunState, plan: Plan, is_running: bool,
+                lines: Iterable[Mapping[str, Any]], said: Mapping[str, str]) -> str:
+    """A run on one page that needs nothing else: each of its `lines` of the ledger with
+    a bar that shows its time, and what was `said`, by transcript."""
+    status = html.escape(status_text(status_json(state, plan, is_running)))
+    title, _, told = status.partition("\n")
+    begun, until = map(datetime.fromisoformat, (state.started_at, state.updated_at))
+    parts = [details(f"{step.id}: {step.title}", step.text) for step in plan.steps]
+    parts += [details(f"Weakened tests: {len(state.findings)}", *state.findings),
+              f"<h2>Timeline, {begun:%F %T} to {until:%F %T}</h2>"]
+    percent = 100 / max(1.0, (until - begun).total_seconds())
     for line in lines:
-        at_s, task = datetime.fromisoformat(line["at"]).timestamp(), str(line["task"])
         waited_s, worked_s = map(_number, map(line.get, ("waited_s", "duration_s")))
-        bars.append((task, at_s - waited_s, waited_s or worked_s, called(line)))
-        rows.setdefault(task, 24 * len(rows))
-    first_s, last_s = min(b[1] for b in bars), max(b[1] + b[2] for b in bars)
-    scale = 800 / max(1.0, last_s - first_s)
-    drawn = [element("text", task, x=0, y=y + 16) for task, y in rows.items()]
-    drawn += [element(
-        "rect", element("title", f"{task}: {word}, {duration_text(length_s)}"),
-        class_=word, x=f"{150 + (at_s - first_s) * scale:.1f}", y=rows[task] + 4,
-        height=16, width=f"{max(2.0, length_s * scale):.1f}")
-        for task, at_s, length_s, word in bars]
-    return element("svg", *drawn, viewBox=f"0 0 960 {24 * len(rows)}", role="img",
-                   aria_label="Timeline of calls and waits, task by task")
-
-def report_page(report: Mapping[str, Any], plan: Plan, findings: Sequence[str],
-                calls: Sequence[tuple[Mapping[str, Any], str]]) -> str:
-    """A run on one page that needs nothing else: the ledger's lines of `calls`, each
-    with what the agent said and did in it."""
-    title = "{milestone}: {status}, ${cost_usd:.2f}".format(**report)
-    parts = [element("h1", title), element(
-        "p", "{started_at} to {updated_at}, branch {branch}".format(**report)),
-        element("h2", "Left to do"), element("pre", left_to_do(report)),
-        element("h2", "Tasks"), html_table(status_rows(report))]
-    parts += [element("details", element("summary", f"{step.id}: {step.title}"),
-                      element("pre", step.text)) for step in plan.steps]
-    if calls:
-        parts += [element("h2", "Timeline"), timeline([line for line, _ in calls]),
-                  element("h2", "Calls, gates and answers")]
-    for line, told in calls:
-        word, used = called(line), _object(line.get("tokens")).values()
-        about = "" if "rule" not in line else (
-            f"{line['rule']}, {sum(map(_number, used))} tokens, "
-            f"${_number(line.get('cost_usd')):.2f}")
-        texts = map(line.get, ("question", "answer", "evidence", "fix_plan"))
-        parts.append(element("details", element(
-            "summary", f"{line['at'][:19]} {line.get('task')} ",
-            element("b", word, class_=word), f" {about}"),
-            *(element("pre", text) for text in (*texts, told) if text)))
-    weak = [element("li", finding) for finding in findings]
-    parts += [element("h2", "Weakened tests"), element("ul", *weak)] * bool(weak)
-    return _PAGE % (html.escape(title), "\n".join(parts))
+        at_s = (datetime.fromisoformat(line["at"]) - begun).total_seconds() - waited_s
+        length_s = waited_s or worked_s      # an answer tells its end, a call its start
+        word, cost_usd = line.get("status", line.get("kind")), line.get("cost_usd")
+        parts += [
+            f'<svg><rect class="{html.escape(str(word))}" x="{at_s * percent:.2f}%" '
+            f'width="{max(0.2, length_s * percent):.2f}%" height="100%"/></svg>',
+            details(f"{line['at'][:19]} {line.get('task')} {word} "
+                    f"{duration_text(length_s)} ${_number(cost_usd):.2f}",
+                    shown(line), said.get(str(line.get("transcript")), ""))]
+    return _CONTROLS.sub("", _PAGE % (title, title, told, "\n".join(parts)))
 
 # ==== 15. Escalation desk ============================================ [flow]
 @dataclass(frozen=True, slots=True)
@@ -2710,15 +2664,13 @@ def cmd_report(world: World) -> None:
     plan, store = world.args.plan, world.store(world.args.plan.milestone)
     if (state := store.load()) is None:
         raise StateError(f"no saved {store.path}", hint=f"{PROGRAM} run {plan.path}")
-    calls = []
-    for line in world.ledger().of_run(state):
-        path = store.folder / str(line.get("transcript"))
-        told = readable_events(path.read_bytes().split(b"\n")) if path.is_file() else ()
-        calls.append((line, shortened("\n".join(told), 20_000)))
-    report = status_json(state, plan, bool(world.lock(plan.milestone).owner()))
+    said = {path.name: shortened("\n".join(
+        readable_events(path.read_bytes().split(b"\n"))), 20_000)
+        for path in store.folder.glob("*.ndjson")}
+    page = report_page(state, plan, bool(world.lock(plan.milestone).owner()),
+                       world.ledger().of_run(state), said)
     target = Path(world.args.o or store.folder / "report.html")
-    write_atomically(target, report_page(report, plan, state.findings, calls).encode(
-        errors="replace"))
+    write_atomically(target, page.encode(errors="replace"))
     world.reporter.answer(str(target))
 
 def cmd_explain(world: World) -> None:
@@ -2774,9 +2726,8 @@ def create_pr(world: World, plan: Plan, state: RunState) -> None:
 def cmd_sandbox(world: World) -> ExitCode:
     """the docker sandbox: init builds (--rebuild: anew), starts, clones"""
     config, action, docker = world.config, world.args.action, world.docker()
-    if action in ("shell", "claude"):
+    if program := {"shell": ["bash"], "claude": shlex.split(config.claude)}.get(action):
         docker.compose("ps", "-q")       # says what is wrong, if docker is unusable
-        program = ["bash"] if action == "shell" else shlex.split(config.claude)
         inside = ("exec", *docker.variables, "sandbox", *program, *world.args.rest)
         os.execvp("docker", docker.composed(*inside).argv)
     if action == "status":
