@@ -15,8 +15,7 @@ What it promises, and tests/ proves
     7. Every limit that is announced is enforced.
     8. No secret in argv, state, transcripts, file names, telemetry, image or container.
     9. Telemetry that is off, dead, slow or wrong changes nothing but the telemetry.
-
-Files, under the state directory: <milestone>_state.json (StateStore), .lock (RunLock),
+Files, under the state directory: <milestone>_state.json (StateStore), .lock (run_lock),
     ledger.jsonl (Ledger), <milestone>/<task>-<n>.ndjson and .stderr (Transcript)
 Settings: flag > environment ORCHESTRATOR_* > orchestrator.ini > default (Config)
 Exit status: 0 done, 1 failed, 2 usage, plan, settings or state, 3 a person is needed,
@@ -28,12 +27,12 @@ banner says: [pure] nothing outside, [shell] one outside thing each, [flow] adap
 from __future__ import annotations
 
 import argparse
+import bisect
 import configparser
 import contextlib
 import difflib
 import enum
 import fcntl
-import functools
 import hashlib
 import html
 import io
@@ -88,9 +87,7 @@ MARK = "KTRDR_SANDBOX"           # environment variable that proves whose a proc
 CURED = "it is put right"        # what a person answers when the API refused to work
 BY_HAND = ("passed, I checked", "skip this scenario")   # a person settles the scenario
 ACCEPTED = "accept them"         # a person's word on weakened tests
-MISSING_SESSION = "missing_session"    # the rule that a new session cures
 ASKS_AGAIN = "asks again what was answered"    # the reason of a task that does
-
 class ExitCode(enum.IntEnum):
     """What the top of the file tells; from 64 to 78 they are those of sysexits.h."""
     OK, FAILED, USAGE, NEEDS_HUMAN, LOCKED, SANDBOX = 0, 1, 2, 3, 4, 5
@@ -192,8 +189,7 @@ def resolve_config(flags: Mapping[str, Any], environ: Mapping[str, str],
     written = [(f"{ini} {key}", key, text) for key, text in file.items()]
     written += [(f"environment {name}", name.removeprefix(ours).swapcase(), text)
                 for name, text in environ.items() if name.startswith(ours)]
-    written += [(setting_flag(key), key, flags[key]) for key in SETTINGS
-                if flags.get(key) is not None]
+    written += [(setting_flag(k), k, flags[k]) for k in SETTINGS if k in flags]
     values, sources = dict[str, Any](), {f.name: "default" for f in fields(Config)}
     for source, key, text in written:        # the last word wins
         if key not in SETTINGS:
@@ -210,7 +206,6 @@ Ended = enum.StrEnum("Ended", "EXIT GRACE STOPPED LOST TIMEOUT IDLE")
 # What cures an outage: waiting, the limit's reset, a person (login, credit, model).
 OutageKind = enum.StrEnum("OutageKind", "RETRY LIMIT PERSON")
 VerdictStatus = enum.StrEnum("VerdictStatus", "COMPLETED FAILED NEEDS_HUMAN")
-# RUNNING is also what a killed run leaves behind.
 TaskStatus = enum.StrEnum("TaskStatus", "PENDING RUNNING COMPLETED FAILED NEEDS_HUMAN")
 OVER = (TaskStatus.COMPLETED, TaskStatus.FAILED)
 
@@ -338,7 +333,7 @@ class TaskRecord:
     """Where one task stands."""
     title: str = ""
     sha256: str = ""
-    status: TaskStatus = TaskStatus.PENDING
+    status: TaskStatus = TaskStatus.PENDING      # RUNNING: or the run was killed
     started: int = 0             # saved before each attempt, so that a crash counts
     attempts: tuple[Attempt, ...] = ()
     question: Question | None = None
@@ -426,44 +421,37 @@ _E2E = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (     # best firs
     r"(?:.*: )?(?:(?:milestone|phase) [\w.]+ |final )?(?:valid|verific)ation"
     r"(?: commands.*| \w+(?: \(.*)?)?$|manual (?:test|smoke)|post-completion"))
 
-@dataclass(frozen=True, slots=True)
 class _Doc:
     """The file in one reading of its fences; either alone loses tasks of real plans."""
-    lines: Sequence[str]
-    shown: Sequence[str]         # the same, but fences, comments and rules are blank
-    fences: Mapping[int, int]    # first and last line of each, counted from 0
-    unclosed: int                # line of the fence or comment left open, or 0
-    headings: Sequence[tuple[int, Task]]   # level and section, with an id if a task
-    tasks: Sequence[Task]
-
-def _read(lines: Sequence[str], *, nested: bool) -> _Doc:
-    """`nested`: an info string opens a fence in a fence, which CommonMark denies."""
-    shown, fences, stack = list[str](), dict[int, int](), list[tuple[int, str]]()
-    for i, line in enumerate(lines):
-        block, mark = _BLOCK.match(line), stack[-1][1] if stack else ""
-        shown.append("" if block or mark or not line.strip(_RULE) else line)
-        if mark == "<!--":
-            stack = [] if "-->" in line else stack
-        elif block and block[2].startswith(mark):
-            if not mark or nested and block[3].strip():
-                stack.append((i, block[2]))
-            elif not block[3].strip() and not block[1].strip(" \t>"):
-                fences[stack.pop()[0]] = i
-    headings, ends = list[tuple[int, Task]](), [len(lines)] * 7
-    for i, line in reversed([*enumerate(shown)]):
-        if found := _HEADING.match(line[:_HEAD_CHARS]):
-            level = len(found[1])
-            plain = _DECORATION.sub("", re.sub(r"\*\*|~~|`", "", found[2]), count=1)
-            task_id, title = m.groups() if (m := _TASK.match(plain)) else ("", plain)
-            title = " ".join(_NOISE.sub(" ", title).split()).rstrip(" -—–")
-            end = min(ends[:level + 1])
-            while end > i + 1 and not lines[end - 1].strip(_RULE):
-                end -= 1
-            text, marked = "\n".join(lines[i:end]), bool(_MARKED.match(found[2]))
-            headings += [(level, Task(task_id, title, i + 1, end, text, marked=marked))]
-            ends[0 if task_id else level] = i     # a task ends sections of every level
-    return _Doc(lines, shown, fences, stack[0][0] + 1 if stack else 0, headings[::-1],
-                [section for _, section in reversed(headings) if section.id])
+    def __init__(self, lines: Sequence[str], *, nested: bool) -> None:
+        """`nested`: an info string opens a fence in a fence; CommonMark denies it."""
+        self.lines, self.shown = lines, list[str]()  # less fences, comments and rules
+        self.fences, stack = dict[int, int](), list[tuple[int, str]]()  # first to last
+        for i, line in enumerate(lines):
+            block, mark = _BLOCK.match(line), stack[-1][1] if stack else ""
+            self.shown.append("" if block or mark or not line.strip(_RULE) else line)
+            if mark == "<!--":
+                stack = [] if "-->" in line else stack
+            elif block and block[2].startswith(mark):
+                if not mark or nested and block[3].strip():
+                    stack.append((i, block[2]))
+                elif not block[3].strip() and not block[1].strip(" \t>"):
+                    self.fences[stack.pop()[0]] = i
+        self.unclosed = stack[0][0] + 1 if stack else 0      # line of what stays open
+        headings, ends = list[tuple[int, Task]](), [len(lines)] * 7
+        for i, line in reversed([*enumerate(self.shown)]):
+            if found := _HEADING.match(line[:_HEAD_CHARS]):
+                level, plain = len(found[1]), re.sub(r"\*\*|~~|`", "", found[2])
+                said = _DECORATION.sub("", plain, count=1)
+                task_id, title = m.groups() if (m := _TASK.match(said)) else ("", said)
+                title = " ".join(_NOISE.sub(" ", title).split()).rstrip(" -—–")
+                text = "\n".join(lines[i:min(ends[:level + 1])]).rstrip(f"\n{_RULE}")
+                end = i + 1 + text.count("\n")      # without blank lines and rules
+                headings += [(level, Task(task_id, title, i + 1, end, "\n".join(
+                    lines[i:end]), marked=bool(_MARKED.match(found[2]))))]
+                ends[0 if task_id else level] = i    # a task ends sections of any level
+        self.headings = headings[::-1]       # level and section, with an id if a task
+        self.tasks = [section for _, section in self.headings if section.id]
 
 def _task(doc: _Doc, section: Task) -> Task:
     """The section with what is labelled in it: behind the label and in items below."""
@@ -493,15 +481,14 @@ def _task(doc: _Doc, section: Task) -> Task:
         criteria=tuple(fields["criteria"]), gates=tuple(fields["verify"]),
         timeout_s=timeout_s if fields["timeout"] else None)
 
-def _e2e(doc: _Doc) -> Task | None:
-    """The section outside the tasks whose heading says most clearly that it is one."""
+def _scenarios(doc: _Doc) -> Iterator[Task]:
+    """Sections outside the tasks whose headings say that they are one, best first."""
     inside = {i for task in doc.tasks for i in range(task.line, task.end_line + 1)}
     outside = [s for level, s in doc.headings if level > 1 and s.line not in inside]
     for s in (s for pattern in _E2E for s in outside if pattern.match(s.title)):
         said = [x for x in s.text.split("\n")[1:] if x.strip(_RULE)]
         if 2 * len(re.findall(r"\n[ \t]*[-*+][ \t]+\[.\]", s.text)) < len(said):
-            return replace(_task(doc, s), id=E2E_ID)     # no mere list of boxes to tick
-    return None
+            yield replace(_task(doc, s), id=E2E_ID)      # no mere list of boxes to tick
 
 def _problems(doc: _Doc, other: _Doc, tasks: Sequence[Task], plan_text: str,
               name: str) -> Iterator[Problem]:
@@ -547,9 +534,9 @@ def parse_plan(text: str, *, path: Path) -> Plan:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     front = "".join(_FRONT_MATTER.findall(text))
     lines = ("\n" * front.count("\n") + text[len(front):]).split("\n")
-    readings = [_read(lines, nested=nested) for nested in (True, False)]
+    readings = [_Doc(lines, nested=nested) for nested in (True, False)]
     doc, other = sorted(readings, key=lambda x: x.unclosed > 0)    # nested if it ends
-    tasks, e2e = tuple(_task(doc, section) for section in doc.tasks), _e2e(doc)
+    tasks, e2e = tuple(_task(doc, s) for s in doc.tasks), next(_scenarios(doc), None)
     start = min((s.line - 1 for s in (*tasks[:1], e2e) if s), default=len(lines))
     title, after = next(((s.title, s.line) for level, s in doc.headings
                          if level == 1 and s.line <= start), (path.stem, 0))
@@ -622,13 +609,18 @@ def _prompt(first_line: str, rules: str, *sections: tuple[str, str]) -> str:
     return "\n\n".join((first_line, rules, *told)).encode(errors="replace").decode()
 
 def task_prompt(plan: Plan, task: Task, record: TaskRecord, *, max_attempts: int,
-                guidance: str) -> str:
-    """First prompt of an attempt; `guidance` is what a person says besides."""
+                guidance: str, is_resumed: bool = False) -> str:
+    """For an attempt, or for its session to go on; `guidance` is a person's, too."""
+    first_line = (f"Task {task.id} of milestone {plan.milestone}: {task.title} "
+                  f"(attempt {record.started} of {max_attempts})")
+    if is_resumed:
+        answer = f"{record.answer}\n\n{guidance}".strip() if record.answer else ""
+        news = answer and f"A person answered your question:\n\n{answer}\n\n"
+        return _prompt(f"{'Answer: ' if answer else ''}{first_line}",
+                       f"{news}Go on with the task and end with your report as before.")
     order = "\n".join(f"- Task {t.id}: {t.title}" for t in plan.tasks)
     return _prompt(
-        f"Task {task.id} of milestone {plan.milestone}: {task.title} "
-        f"(attempt {record.started} of {max_attempts})", _TASK_RULES,
-        ("The task", task.text),
+        first_line, _TASK_RULES, ("The task", task.text),
         ("These commands must succeed afterwards; they will be run for you",
          textwrap.indent("\n".join(task.gates), "    ")),
         ("Earlier attempts failed; their changes were undone", "\n".join(
@@ -638,12 +630,6 @@ def task_prompt(plan: Plan, task: Task, record: TaskRecord, *, max_attempts: int
          f"Answer: {record.answer}" if record.question and record.answer else ""),
         ("A person adds", guidance),
         (f"The milestone: {plan.title}", f"{plan.context}\n\n{order}"))
-
-def resumed_prompt(first_line: str, answer: str) -> str:
-    """For a session that goes on: with an answer, or after an outage."""
-    news = answer and f"A person answered your question:\n\n{answer.strip()}\n\n"
-    return _prompt(f"{'Answer: ' if answer else ''}{first_line}",
-                   f"{news}Go on with the task and end with your report as before.")
 
 def interpreter_prompt(plan: Plan, task: Task, message: str) -> str:
     return _prompt(f"Reading of task {task.id} of milestone {plan.milestone}",
@@ -658,17 +644,17 @@ def e2e_prompt(plan: Plan, scenario: Task, run: int, red: str) -> str:
                    ("It fails, since a command of it does. Find out why", red))
 
 # ==== 6. Agent stream ================================================ [pure]
+Tell = Callable[[str], None]     # takes a line for the person
 END_EVENT = "orchestrator_end"   # our own last line of a transcript
 _USAGE_KEYS = ("inputTokens", "outputTokens", "cacheReadInputTokens",
                "cacheCreationInputTokens", "costUSD")      # in the order of Usage
 # Nothing in these is decided on: not decoded, since json.loads is most of the cost.
 _UNREAD = (b'{"type":"user"', b'{"type":"stream_event"')
 _FAILED, _FAILED_WITHIN = b'"is_error":true', 64 << 10   # the CLI cuts an error's text
-
-def _as(kind: type, value: Any) -> Any:
-    """A value from JSON if it is of the kind it should be, else an empty one."""
-    return value if isinstance(value, kind) else kind()
-_text, _object, _list = (functools.partial(_as, kind) for kind in (str, dict, list))
+def _as(kind: type) -> Callable[[Any], Any]:
+    """Reads a value from JSON: an empty one if it is not of the kind it should be."""
+    return lambda value: value if isinstance(value, kind) else kind()
+_text, _object, _list = map(_as, (str, dict, list))
 def _number(value: Any) -> Any:   # 1e11: milliseconds since the epoch are no date
     return value if type(value) in (int, float) and 0 <= value < 1e11 else 0
 
@@ -713,8 +699,7 @@ def redacted(data: bytes, secrets: Sequence[bytes], *,
 
 class StreamDecoder:
     """Fold the events of a `claude -p` into an AgentResult; nothing makes it raise."""
-    def __init__(self, on_tool: Callable[[str], None] = lambda told: None,
-                 max_repeats: int = 0) -> None:
+    def __init__(self, on_tool: Tell = lambda told: None, max_repeats: int = 0) -> None:
         self._open, self._on_tool = b"", on_tool    # a line that has not ended
         self._max_repeats, self._failures = max_repeats, dict[int, int]()
         self._calls = list[Mapping[str, Any]]()      # the latest
@@ -813,7 +798,6 @@ _KEY = re.compile(r"^[ \t>#*_`-]{0,8}((?i:(?:e2e[_ ])?status|question|options"
                   r"|recommendation)|[A-Z0-9_ ]{4,30})[*_` ]{0,4}:", re.M)
 _RULER = re.compile(r"^[ \t]*(?:-{3}|`{3}|\*{3}|={3})", re.M)
 _OPTION_END = re.compile(r"\n| ?[|;] ?|,? (?=[A-Da-d1-9][).] )")
-
 def _word(fields: Mapping[str, Any]) -> str:
     found = _STATUS_WORD.match(_text(fields.get("status"))[:200])
     return (found and found.lastgroup) or ""
@@ -885,7 +869,7 @@ def _from_end(result: AgentResult) -> tuple[str, Mapping[str, Any]]:
     rules = (
         ("tool_loop", result.repeated),
         (result.subtype[6:], result.subtype.startswith("error_max_")),   # turns, budget
-        (MISSING_SESSION, "No conversation found" in why),
+        ("missing_session", "No conversation found" in why),
         (result.ended, result.ended not in (Ended.EXIT, Ended.GRACE, Ended.LOST)),
         ("outage", outage(result)), ("execution_error", result.has_result),
         ("no_result", result.events + result.bad_lines), ("no_output", True))
@@ -931,8 +915,7 @@ _ASSERTS = re.compile(r"\bassert|\bexpect\(|\braises\(|\.should\b|\bt\.(?:Err|Fa
 
 def weakened(diff: str, gates: Iterable[str]) -> tuple[str, ...]:
     """What in a milestone's `git diff -M` makes its tests say less than before."""
-    found, words = list[str](), set(" ".join(gates).split())
-    fewer = dict[str, int]()     # assertions by file, between which they may move
+    found, fewer, words = list[str](), dict[str, int](), set(" ".join(gates).split())
     for part in re.split(r"(?m)^diff --git ", diff)[1:]:
         head, _, changes = part.partition("\n@@")
         was, now = ["", "", *re.findall(
@@ -948,12 +931,11 @@ def weakened(diff: str, gates: Iterable[str]) -> tuple[str, ...]:
         elif was != "/dev/null" and (_CI_FILE.search(was) or was in words):
             found.append(f"{was} was changed, and decides what is tested")
     lost = [f"{now} has {n} assertions less" for now, n in fewer.items() if n > 0]
-    return (*found, *(lost if sum(fewer.values()) > 0 else ()))
+    return (*found, *(lost if sum(fewer.values()) > 0 else ()))  # else they moved
 
 # ==== 8. Loop detection, delays ====================================== [pure]
 _VOLATILE = re.compile(r"(?i)0x[0-9a-f]+|\b[0-9a-f]{7,64}\b"   # hashes, paths, numbers
                        r"|(?:[a-z]:)?(?:[\w.~-]*/){1,32}[\w.~-]+|\d+(?:[.:,-]\d+)*")
-
 def similarity(a: str, b: str) -> float:
     """How alike two errors are, 0..1, by 300 words of each less what varies."""
     one, two = (_VOLATILE.sub("<>", x[:4000]).casefold().split()[:300] for x in (a, b))
@@ -987,14 +969,11 @@ def fix_loop(state: RunState, config: Config) -> str:
                         f"alike: {told[-1]}")
     return ""
 
-def retry_delay_s(outage: Outage, n: int, now: float, config: Config) -> float | None:
-    """Seconds to the n-th retry in a row, or None; moments are since the epoch."""
-    if n > len(config.outage_delays_s):
-        return None
-    if outage.resets_at is None:
-        return config.outage_delays_s[n - 1]
-    wait_s = max(0.0, outage.resets_at - now) + LIMIT_MARGIN_S
-    return wait_s if wait_s <= config.limit_wait_s else None
+def retry_delay_s(outage: Outage, n: int, now: float, config: Config) -> float:
+    """Seconds to the n-th retry in a row; inf: unknown. Moments: since the epoch."""
+    if outage.resets_at is not None:
+        return max(0.0, outage.resets_at - now) + LIMIT_MARGIN_S
+    return next(iter(config.outage_delays_s[n - 1:]), float("inf"))
 
 # ==== 9. System ports =============================================== [shell]
 class Clock:
@@ -1005,13 +984,16 @@ class Clock:
 
 def stamp(moment: datetime) -> str:          # RFC 3339
     return moment.astimezone(UTC).isoformat(timespec="milliseconds")
+def seconds_to(until: str, now: datetime) -> float:     # a stamp; '': none
+    return (datetime.fromisoformat(until or stamp(now)) - now).total_seconds()
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+Environ = Mapping[str, str]      # variables by name, as in os.environ
+@dataclass(frozen=True, slots=True)
 class Command:
     """A process to start. `holds_stdin`: its stdin is closed only to stop it."""
     argv: tuple[str, ...]
     cwd: Path | None = None
-    env: Mapping[str, str] | None = None
+    env: Environ | None = None
     stdin: bytes = b""
     holds_stdin: bool = False
 
@@ -1046,11 +1028,9 @@ class Listener:
         return False
 
 class _Child:
-    """One started command. Only what is ready is read or written: no side waits."""
-    def __init__(self, command: Command, listener: Listener, clock: Clock,
-                 secrets: Sequence[bytes] = ()) -> None:
-        self._command, self._listener, self._clock = command, listener, clock
-        self._secrets = secrets
+    """A command, started. Only what is ready is read or written: no side waits."""
+    def __init__(self, command: Command, listener: Listener, by: Processes) -> None:
+        self._command, self._listener, self._by = command, listener, by
         try:
             p = subprocess.Popen(
                 command.argv, cwd=command.cwd, env=command.env, start_new_session=True,
@@ -1061,7 +1041,7 @@ class _Child:
                 f"PATH? {shortened(shlex.join(command.argv), 160)}") from None
         assert p.stdin and p.stdout and p.stderr
         self.popen, self._stdin, self._unsent = p, p.stdin, memoryview(command.stdin)
-        self.started_at = self._last_output_at = clock.monotonic()
+        self.started_at = self._last_output_at = by.clock.monotonic()
         self.open_pipes = {p.stdout: b"", p.stderr: b""}     # and what is held back
         with contextlib.suppress(AttributeError, OSError):   # a mere speed-up
             fcntl.fcntl(p.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -1078,9 +1058,9 @@ class _Child:
             self._unsent = self._unsent[select.PIPE_BUF:]
         for pipe in ready:
             if data := os.read(pipe.fileno(), PIPE_BYTES):
-                self._last_output_at = self._clock.monotonic()
+                self._last_output_at = self._by.clock.monotonic()
             told, self.open_pipes[pipe] = redacted(
-                self.open_pipes[pipe] + data, self._secrets, is_end=not data)
+                self.open_pipes[pipe] + data, self._by.secrets, is_end=not data)
             if told:
                 self._listener.hear(told, is_error=pipe is self.popen.stderr)
             if not data:
@@ -1089,9 +1069,9 @@ class _Child:
     def tell_until(self, is_over: Callable[[], bool], timeout_s: float, *,
                    idle_s: float = float("inf")) -> Ended:
         """Tell what is heard until it is over or a deadline passes; say which."""
-        until, grace_ends_at = self._clock.monotonic() + timeout_s, float("inf")
+        until, grace_ends_at = self._by.clock.monotonic() + timeout_s, float("inf")
         while not is_over():
-            now = self._clock.monotonic()
+            now = self._by.clock.monotonic()
             next_at, reason = min((grace_ends_at, Ended.GRACE), (until, Ended.TIMEOUT),
                                   (self._last_output_at + idle_s, Ended.IDLE))
             if now >= next_at:
@@ -1118,35 +1098,31 @@ class _Child:
 class Processes:
     """The only door to other processes; takes secrets out of what they print."""
     def __init__(self, clock: Clock, secrets: Sequence[bytes] = ()) -> None:
-        self._clock, self._secrets = clock, secrets
+        self.clock, self.secrets = clock, secrets
 
-    def stream(self, command: Command, *, listener: Listener, timeout_s: float,
-               idle_s: float = float("inf")) -> ProcessResult:
-        """Run it to its end or a deadline, its group too; hand back what stopped it."""
-        child = _Child(command, listener, self._clock, self._secrets)
-        ended, interrupted = Ended.STOPPED, None
-        with contextlib.closing(child):
+    def run(self, command: Command, listener: Listener | None = None, *,
+            timeout_s: float = COMMAND_TIMEOUT_S, idle_s: float = float("inf"),
+            max_bytes: int = 1 << 20) -> ProcessResult:
+        """Run it to its end or a deadline, its group too. A signal to us stops it: who
+        listens is handed that Interrupted with the result, for others it is raised."""
+        ended, interrupted, ears = Ended.STOPPED, None, listener or Listener(max_bytes)
+        with contextlib.closing(_Child(command, ears, self)) as child:
             try:
                 ended = child.tell_until(child.has_ended, timeout_s, idle_s=idle_s)
             except Interrupted as signalled:
                 interrupted = signalled
             child.stop()         # nothing happens if it has ended
             child.tell_until(lambda: not child.open_pipes, DRAIN_GRACE_S)
+            if interrupted and not listener:
+                raise interrupted
             return ProcessResult(
-                ended, child.popen.poll(), self._clock.monotonic() - child.started_at,
-                bytes(listener.out), bytes(listener.err), interrupted)
-
-    def run(self, command: Command, *, timeout_s: float = COMMAND_TIMEOUT_S,
-            max_bytes: int = 1 << 20) -> ProcessResult:
-        done = self.stream(command, listener=Listener(max_bytes), timeout_s=timeout_s)
-        if done.interrupted:
-            raise done.interrupted
-        return done
+                ended, child.popen.poll(), self.clock.monotonic() - child.started_at,
+                bytes(ears.out), bytes(ears.err), interrupted)
 
 class Held(_Child):
     """A command that ends when we do, or close it; `told` is its first line, or ''."""
-    def __init__(self, command: Command, clock: Clock) -> None:
-        super().__init__(command, ear := Listener(4096), clock)
+    def __init__(self, command: Command, by: Processes) -> None:
+        super().__init__(command, ear := Listener(4096), by)
         self.tell_until(lambda: b"\n" in ear.out or not self.open_pipes, STEP_TIMEOUT_S)
         self.told = ear.out.decode().strip()
     def close(self) -> None:
@@ -1156,8 +1132,7 @@ class Held(_Child):
 
 class Notifier:
     """Tells somebody who is elsewhere. One that fails is a warning and no more."""
-    def __init__(self, processes: Processes, config: Config,
-                 warn: Callable[[str], None]) -> None:
+    def __init__(self, processes: Processes, config: Config, warn: Tell) -> None:
         self._processes, self._config, self._warn = processes, config, warn
 
     def tell(self, event: str, milestone: str, text: str) -> None:
@@ -1173,31 +1148,12 @@ class Notifier:
                 (config.notify_command, ("sh", "-c", config.notify_command), news),
                 (config.notify, desktop, ""))
         for argv, stdin in ((act, news) for is_on, act, news in ways if is_on):
-            command = Command(argv=argv, stdin=stdin.encode())
+            command = Command(argv, stdin=stdin.encode())
             try:
                 self._processes.run(command, timeout_s=NOTIFY_TIMEOUT_S).checked(
                     "it failed", hint="")
             except SandboxError as error:
                 self._warn(f"warning: nobody was told by {argv[0]}: {error}")
-
-class Terminal:
-    """The person at the keyboard, if there is one."""
-    def __init__(self, stdin: TextIO, stdout: TextIO) -> None:
-        self._in, self._out = stdin, stdout
-    def is_interactive(self) -> bool:
-        return bool(self._in) and self._in.isatty() and self._out.isatty()
-
-    def ask(self, prompt: str) -> str | None:
-        """One line; None: the person closed the input (Ctrl-D)."""
-        termios.tcflush(self._in, termios.TCIFLUSH)      # typed before it was asked
-        self._out.write(prompt)
-        self._out.flush()
-        return self._in.buffer.readline().decode(self._in.encoding, "replace") or None
-
-    def agrees(self, question: str, *, at_end: bool = False) -> bool:
-        """Enter agrees, the end of the input is `at_end`; who is not there agrees."""
-        line = self.ask(f"{question} [Y/n] ") if self.is_interactive() else ""
-        return at_end if line is None else line.strip().lower() in ("", "y", "yes")
 
 def install_signal_handlers() -> None:
     """SIGINT, SIGTERM and SIGHUP (unless nohup has it ignored) raise Interrupted."""
@@ -1208,35 +1164,32 @@ def install_signal_handlers() -> None:
             signal.signal(number, handler)
 
 # ==== 10. Sandboxes ================================================= [shell]
-# Git as we run it where an agent has been: no hooks, nothing in the background, no lock
-# of a git that was killed. Scripts get $1 (the branch), $2, ... A variable, since a
-# function would cost a fork a call.
+# Git where an agent has been: no hooks, nothing in the background, no lock of a killed
+# git. $1 is the branch. It is a variable, since a function would cost a fork a call.
 _GIT = """
 git='git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c core.autocrlf=false
  -c gc.auto=0 -c advice.addEmbeddedRepo=false -c core.quotePath=off
  -c user.name=ktrdr_orchestrator -c user.email=orchestrator@localhost'
 for f in .git/*.lock ".git/refs/heads/$1.lock"; do [ ! -e "$f" ] || rm -f "$f"; done"""
-_TREE = """
+_WORK = """
 $git add -A || { rm -f .git/index; $git add -A --ignore-errors || :; }
-tree=$($git write-tree)"""
+tree=$($git write-tree)
+head=$($git rev-parse -q --verify "@^{commit}") || head=$2     # its commit is lost"""
 # $2 base, $3 ref, $4 message. What the agent committed stays, if it is on the base.
-_CHECKPOINT = _TREE + """
-commit=$2
-! $git merge-base --is-ancestor "$2" @ || commit=$($git rev-parse @)
-[ "$commit" != "$2" ] && [ "$tree" = "$($git rev-parse "$commit^{tree}")" ] ||
-commit=$($git commit-tree "$tree" -p "$commit" -m "$4")
-printf 'update %s %s\\n' "refs/heads/$1" "$commit" "$3" "$commit" |
-$git update-ref --stdin
+_CHECKPOINT = _WORK + """
+$git merge-base --is-ancestor "$2" "$head" || head=$2
+[ "$head" != "$2" ] && [ "$tree" = "$($git rev-parse "$head^{tree}")" ] ||
+head=$($git commit-tree "$tree" -p "$head" -m "$4")
+printf 'update %s %s\\n' "refs/heads/$1" "$head" "$3" "$head" | $git update-ref --stdin
 $git symbolic-ref HEAD "refs/heads/$1"
-echo $commit"""
+echo $head"""
 _SWITCH = """
 rm -rf .git/rebase-merge .git/rebase-apply
 $git checkout -q -f --ignore-other-worktrees -B "$1" "$2" --
 $git clean -ffdq
 $git rev-parse HEAD"""
 # $2 base, $3 ref for the work that is taken back, $4 message
-_ROLLBACK = _TREE + """
-head=$($git rev-parse -q --verify "@^{commit}") || head=$2     # its commit is lost
+_ROLLBACK = _WORK + """
 [ "$head $tree" = "$2 $($git rev-parse "$2^{tree}")" ] ||
 $git update-ref "$3" $($git commit-tree "$tree" -p "$head" -m "$4")""" + _SWITCH
 # $2 base, as the host or the clone names it, $3 ref for a branch that is in the way
@@ -1244,16 +1197,14 @@ _NEW_BRANCH = """
 set -- "$1" "$($git rev-parse -q --verify "origin/$2^{commit}" || echo "$2")" "$3"
 old=$($git rev-parse -q --verify "refs/heads/$1") && $git update-ref "$3" "$old"
 """ + _SWITCH
-# $1 in what to clone, if it is a repository, $2 where to; nothing there leads back
+# $1 in what to clone, an empty one if it is none, $2 where to; nothing there leads back
 _CLONE = """
 new=$2.$$.new
-if top=$(git -C "$1" rev-parse --show-toplevel); then
-    git clone -q --no-hardlinks "$top" "$new"
-    git -C "$new" config --remove-section remote.origin      # its branches stay
-else git init -q "$new"; fi
+top=$(git -C "$1" rev-parse --show-toplevel) || git init -q "${top:=$2.empty}"
+git clone -q --no-hardlinks -c user.name=ktrdr_orchestrator \\
+    -c user.email=orchestrator@localhost "$top" "$new"
 cd "$new"
-git config user.name ktrdr_orchestrator
-git config user.email orchestrator@localhost
+git config --remove-section remote.origin        # its branches stay
 git rev-parse -q --verify HEAD || git commit -q --allow-empty -m Start
 git update-ref refs/orchestrator/start HEAD
 mv -T "$new" "$2"
@@ -1261,17 +1212,14 @@ mv -T "$new" "$2"
 
 class Sandbox:
     """Where an agent works; `open` and `sweep` end all that lives in it."""
-    name: str
     permissions: tuple[str, ...]
+    command: Callable[..., Command]  # of argv; an agent's has a prompt, more variables
     _held: Held | None = None        # a process that lives as long as we do
-    def __init__(self, processes: Processes, clock: Clock) -> None:
-        self.processes, self._clock = processes, clock
+    def __init__(self, processes: Processes, config: Config, name: str) -> None:
+        self.processes, self._clock, self.name = processes, processes.clock, name
+        self.claude = shlex.split(config.claude)
     def open(self) -> None: ...
     def sweep(self) -> SandboxLostError | None: ...     # it went away, and is back
-    def command(self, argv: Sequence[str]) -> Command:
-        raise NotImplementedError
-    def agent_command(self, argv: Sequence[str], prompt: bytes) -> Command:
-        return replace(self.command(argv), stdin=prompt)
     def release(self) -> None:
         if self._held:
             self._held.close()
@@ -1315,9 +1263,8 @@ class Sandbox:
                        max_bytes=sys.maxsize)
         return done.checked(f"no bundle of {commit}", hint="git log there").stdout
 
-# Kills what an earlier run left, known by $1 in its environment. Then it ends, but for
-# an orphan, which the sweep of children spares: should the run be killed, a pipe that
-# only the run holds ends, and the orphan kills whatever has $2.
+# Kills what an earlier run left, known by $1 in its environment, and leaves an orphan,
+# which sweeps spare: when a pipe that only the run holds ends, it kills what has $2.
 _GUARD = """
 end_all() {
     while pids=$(grep -lszxF "$1" /proc/[0-9]*/environ | cut -d/ -f3); [ "$pids" ]; do
@@ -1329,67 +1276,64 @@ trap '' INT TERM HUP
 end_all "$1"
 exec 3<&0
 { read -r _ <&3; end_all "$2"; } >/dev/null 2>&1 &
-printf alone        # not a line: so it is read to its end, when only the orphan is left
-"""
+printf alone        # not a line: it is read to its end, when only the orphan is left"""
 
 class LocalSandbox(Sandbox):
     """A git clone under the state directory, on this machine, as this user (Linux)."""
     permissions = ("--permission-mode", "acceptEdits",
                    "--allowedTools", "Bash,Read,Write,Edit,Glob,Grep")
-    def __init__(self, processes: Processes, clock: Clock, *, folder: Path, repo: Path,
-                 environ: Mapping[str, str]) -> None:
-        super().__init__(processes, clock)
-        self.folder, self._repo = folder.absolute(), repo
-        self.name = f"local sandbox {folder}"
+    def __init__(self, processes: Processes, config: Config, environ: Environ,
+                 folder: Path) -> None:
+        super().__init__(processes, config, f"local sandbox {folder}")
+        self.folder, self._repo = folder.absolute(), config.repo
+        self.claude = [os.path.abspath(part) if "/" in part and os.path.exists(part)
+                       else part for part in self.claude]    # it starts in our folder
         self._env = {k: v for k, v in environ.items() if not k.startswith(
             ("GIT_", "ORCHESTRATOR_"))} | {
-            MARK: str(self.folder), f"{MARK}_RUN": f"{os.getpid()}:{clock.monotonic()}",
             # should .git vanish: not the repository that the state directory is in
-            "GIT_CEILING_DIRECTORIES": str(self.folder.parent)}
+            "GIT_CEILING_DIRECTORIES": str(self.folder.parent), MARK: str(self.folder),
+            f"{MARK}_RUN": f"{os.getpid()}:{self._clock.monotonic()}"}
 
     def open(self) -> None:
         """Adopts orphans, so that nothing an agent starts slips away from `sweep`."""
         from ctypes import CDLL  # 8 ms that only a run has to pay
         marks = [f"{name}={self._env[name]}" for name in (MARK, f"{MARK}_RUN")]
         guard = ("sh", "-c", _GUARD, "guard", *marks)
-        self._held = Held(Command(argv=guard, holds_stdin=True), self._clock)
+        self._held = Held(Command(guard, holds_stdin=True), self.processes)
         if self._held.told != "alone":
             raise SandboxError(f"what an earlier run left in {self.name} does not end",
                                hint=f"grep -lsz {marks[0]} /proc/*/environ")
         if sys.platform != "linux" or CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1):
             raise SandboxError("the local sandbox needs Linux", hint="--sandbox docker")
         if not (self.folder / ".git").is_dir():
-            argv = ("sh", "-euc", _CLONE, "clone", str(self._repo), str(self.folder))
-            clone = Command(argv=argv, env=self._env)
+            argv = ("sh", "-euc", _CLONE, "clone", self._repo, str(self.folder))
+            clone = Command(argv, env=self._env)
             self.processes.run(clone, timeout_s=SLOW_TIMEOUT_S).checked(
                 f"no clone of {self._repo}", hint=f"git -C {self._repo} fsck")
 
-    def command(self, argv: Sequence[str]) -> Command:
-        return Command(argv=tuple(argv), cwd=self.folder, env=self._env)
+    def command(self, argv: Sequence[str], prompt: bytes = b"", **more: str) -> Command:
+        return Command(tuple(argv), self.folder, {**self._env, **more}, prompt)
 
     def sweep(self) -> None:
         """Freezes our descendants, so that none replaces another, and kills them."""
-        me, until = os.getpid(), self._clock.monotonic() + 10.0
+        until = self._clock.monotonic() + 10.0
         with contextlib.suppress(ChildProcessError):     # of waitpid: none is left
             while self._clock.monotonic() < until:
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
-                parents, ours = dict[int, int](), {me}
-                for stat in Path("/proc").glob("[0-9]*/stat"):
-                    with contextlib.suppress(OSError):       # it ended meanwhile
-                        fields = stat.read_bytes().rpartition(b")")[2].split()
-                        parents[int(stat.parent.name)] = int(fields[1])
-                while more := {p for p, of in parents.items() if of in ours} - ours:
-                    ours |= more
+                ours = [os.getpid()]
+                for pid in ours:         # it grows meanwhile, by each one's children
+                    with contextlib.suppress(OSError):       # it ended
+                        for file in Path(f"/proc/{pid}/task").glob("*/children"):
+                            ours += map(int, file.read_bytes().split())
                 for act, pid in itertools.product(
-                        (signal.SIGSTOP, signal.SIGKILL), ours - {me}):
+                        (signal.SIGSTOP, signal.SIGKILL), ours[1:]):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, act)
                 self._clock.sleep(0.002)
-            raise SandboxError("what the agent started does not end",
-                               hint="look at it with ps, then start again")
+            raise SandboxError("what the agent started does not end", hint="ps axf")
 
-_OF_A_GATEWAY = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL")   # its overlay sets them
+_GATEWAYS = (*KEYS, "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL")    # it has its own
 _UP = ("up", "-d", "--no-build")
 _JANITOR = ("--rm", "--no-deps", "-T", "janitor", "workspace.py")
 _RECREATE = (*_UP, "--force-recreate", "-t", "0", "sandbox")
@@ -1398,21 +1342,20 @@ INSIDE = "/usr/local/lib/sandbox"        # our scripts in the image
 class DockerSandbox(Sandbox):
     """Service `sandbox` of a compose project. Its lock is a process in it, not ours."""
     permissions = ("--dangerously-skip-permissions",)
-    def __init__(self, processes: Processes, clock: Clock, *, compose_files: str,
-                 environ: Mapping[str, str], key_by: str = "descriptor") -> None:
-        super().__init__(processes, clock)
-        self.name, self._env = f"docker sandbox {compose_files}", environ
-        files = (f"--file={file}" for file in compose_files.split(os.pathsep))
-        self._compose = ("docker", "compose", *files)
+    def __init__(self, processes: Processes, config: Config, environ: Environ) -> None:
+        super().__init__(processes, config, f"docker sandbox {config.compose_files}")
+        files = (f"--file={file}" for file in config.compose_files.split(os.pathsep))
+        self._env, self._compose = environ, ("docker", "compose", *files)
         keys = {name: environ[name].encode() for name in KEYS if environ.get(name)}
-        self._keys = {"descriptor": {}, "gateway": {}, key_by: keys}
-        other = {"descriptor": KEYS, "gateway": (*KEYS, *_OF_A_GATEWAY)}.get(key_by, ())
+        self._keys = {"descriptor": {}, "gateway": {}, config.key_by: keys}
+        other = {"descriptor": KEYS, "gateway": _GATEWAYS}.get(config.key_by, ())
         # the names only: compose takes the values, so that no argv shows a secret
-        self.variables = [f"--env={name}" for name in sorted(environ.keys() - other)
-                          if name.startswith(("ANTHROPIC_", "CLAUDE_CODE_"))]
+        telemetry = ["OTEL_"] * ("CLAUDE_CODE_ENABLE_TELEMETRY" in environ)
+        self.variables = [f"--env={name}" for name in sorted(environ.keys() - other) if
+                          name.startswith(("ANTHROPIC_", "CLAUDE_CODE_", *telemetry))]
 
     def composed(self, *args: str, **about: Any) -> Command:
-        return Command(argv=(*self._compose, *args), env=self._env, **about)
+        return Command((*self._compose, *args), env=self._env, **about)
     def compose(self, *args: str, stdin: bytes = b"", **limits: Any) -> ProcessResult:
         ran = self.processes.run(self.composed(*args, stdin=stdin), **limits)
         return ran.checked(f"docker compose {shlex.join(args)}",
@@ -1420,8 +1363,6 @@ class DockerSandbox(Sandbox):
     def open(self) -> None:
         self.bring_up()
         self.sweep()
-    def command(self, argv: Sequence[str]) -> Command:
-        return self.composed("exec", "-T", "sandbox", *argv)
     def recover(self, branch: str, commit: str) -> None:
         self.janitor("repair", branch, commit)
     def checkpoint(self, *args: str, **about: str) -> str:
@@ -1441,9 +1382,9 @@ class DockerSandbox(Sandbox):
     def hold(self) -> bool:
         """Take the sandbox's lock; False: it does not run. Raises LockHeldError."""
         self.release()
-        self._held = Held(self.composed(
-            "exec", "-T", "-u", "nobody", "sandbox", f"{INSIDE}/hold.sh", f"PID "
-            f"{os.getpid()} on {os.uname().nodename}", holds_stdin=True), self._clock)
+        me = f"PID {os.getpid()} on {os.uname().nodename}"
+        hold = ("exec", "-T", "-u", "nobody", "sandbox", f"{INSIDE}/hold.sh", me)
+        self._held = Held(self.composed(*hold, holds_stdin=True), self.processes)
         if self._held.told.startswith("in use"):
             raise LockHeldError(f"{self.name} is {self._held.told}",
                                 hint=f"wait for it; {PROGRAM} status")
@@ -1465,14 +1406,18 @@ class DockerSandbox(Sandbox):
                 problem = error
         raise problem
 
-    def agent_command(self, argv: Sequence[str], prompt: bytes) -> Command:
-        """Under supervise.py, which tells what it reads and when it stops the agent."""
+    def command(self, argv: Sequence[str], prompt: bytes | None = None,
+                **more: str) -> Command:
+        """An agent's starts supervise.py, which tells what it reads, when it stops."""
+        if prompt is None:
+            return self.composed("exec", "-T", "sandbox", *argv)
         parts = {"prompt": prompt, **self._keys["descriptor"]}
         head = " ".join(f"{name}={len(part)}" for name, part in parts.items())
+        names = (f"--env={name}={value}" for name, value in more.items())
         return self.composed(
-            "exec", "-T", *self.variables, "sandbox", "python3",
+            "exec", "-T", *self.variables, *names, "sandbox", "python3",
             f"{INSIDE}/supervise.py", "--", *argv, holds_stdin=True,
-            stdin=b"".join((head.encode(), b"\n", *parts.values())))
+            stdin=f"{head}\n".encode() + b"".join(parts.values()))
 
     def sweep(self) -> SandboxLostError | None:
         end_all = self.command((f"{INSIDE}/end-all.sh",))
@@ -1510,24 +1455,21 @@ class DockerSandbox(Sandbox):
 
 # ==== 11. Agent ===================================================== [shell]
 @contextlib.contextmanager
-def disk(path: Path, hint: str = "") -> Iterator[None]:
+def disk(path: Path, hint: str = "make room or fix the rights") -> Iterator[None]:
     """What the disk refuses within becomes a StateError."""
     try:
         yield
     except OSError as error:
-        raise StateError(f"{path}: {error.strerror or error}", hint=hint or "the file "
-                         "is as it was; make room or fix the rights") from None
+        raise StateError(f"{path}: {error.strerror or error}", hint=hint) from None
 
 class Transcript(Listener):
     """What one call printed: NAME.ndjson, ended by a line of ours, and NAME.stderr."""
-    def __init__(self, path: Path, on_tool: Callable[[str], None],
-                 on_silence: Callable[[float], None], max_repeats: int = 0) -> None:
+    def __init__(self, path: Path, decoder: StreamDecoder,
+                 on_silence: Callable[[float], None]) -> None:
         super().__init__(STDERR_TAIL_BYTES)
-        self._path, self._on_silence = path, on_silence
-        self._decoder = StreamDecoder(on_tool, max_repeats)
+        self._path, self._decoder, self._on_silence = path, decoder, on_silence
         with disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"")
 
     def hear(self, data: bytes, *, is_error: bool) -> None:
         path = self._path.with_suffix(".stderr") if is_error else self._path
@@ -1549,14 +1491,7 @@ class Transcript(Listener):
         self.hear(f"{start}{end}\n".encode(), is_error=False)
         return self._decoder.finish(self.err)
 
-def read_transcript(path: Path, data: bytes, max_repeats: int = 0) -> AgentResult:
-    """Fold a recorded stream as a run does; stderr is taken from NAME.stderr."""
-    decoder = StreamDecoder(max_repeats=max_repeats)
-    decoder.feed(data)
-    stderr = path.with_suffix(".stderr")
-    return decoder.finish(stderr.read_bytes() if stderr.is_file() else b"")
-
-def retry_variables(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
+def retry_variables(config: Config, environ: Environ) -> dict[str, str]:
     """The CLI waits in its session, which keeps the context, for as long as no deadline
     of ours is near; what is longer is ours, told and saved. A user's word wins."""
     if any(name.startswith("CLAUDE_CODE_") and "RETR" in name for name in environ):
@@ -1568,16 +1503,17 @@ def retry_variables(config: Config, environ: Mapping[str, str]) -> dict[str, str
 
 class ClaudeAgent:
     """`claude -p` in the sandbox; what interrupts it comes back beside its result."""
-    def __init__(self, sandbox: Sandbox, config: Config,
+    def __init__(self, sandbox: Sandbox, config: Config, tracing: Callable[[], Environ],
                  listen: Callable[[Path], Transcript]) -> None:
-        self._sandbox, self._config, self._listen = sandbox, config, listen
+        self._sandbox, self._config = sandbox, config
+        self._tracing, self._listen = tracing, listen
 
     def ask(self, prompt: str, *, schema: Mapping[str, Any], transcript: Path,
             session_id: str, model: str, timeout_s: float | None, budget_usd: float,
             is_reader: bool = False) -> tuple[AgentResult, OrchestratorError | None]:
         """In `session_id` or a new one; nothing outlives it. A reader has no tools."""
         config, sandbox = self._config, self._sandbox
-        argv = [*shlex.split(config.claude), "-p", "--output-format", "stream-json",
+        argv = [*sandbox.claude, "-p", "--output-format", "stream-json",
                 "--verbose", "--json-schema", json.dumps(schema),
                 "--max-turns", str(config.max_turns),
                 *(("--tools", "") if is_reader else sandbox.permissions)]
@@ -1585,8 +1521,8 @@ class ClaudeAgent:
                    "--max-budget-usd": f"{budget_usd:.4f}" if budget_usd else ""}
         argv += [part for pair in options.items() if pair[1] for part in pair]
         heard = self._listen(transcript)
-        done = sandbox.processes.stream(
-            sandbox.agent_command(argv, prompt.encode()), listener=heard,
+        done = sandbox.processes.run(
+            sandbox.command(argv, prompt.encode(), **self._tracing()), heard,
             timeout_s=timeout_s or config.task_timeout_s, idle_s=config.idle_timeout_s)
         lost = sandbox.sweep()
         return heard.finish(done), done.interrupted or lost
@@ -1607,11 +1543,36 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(folder)
         os.close(folder)
 
+class Ledger:
+    """`ledger.jsonl`: an object a line for each agent call, only ever appended to."""
+    def __init__(self, path: Path) -> None:
+        self._path = path
+    def entries(self) -> Iterator[Mapping[str, Any]]:
+        with disk(self._path), contextlib.suppress(FileNotFoundError), \
+                self._path.open("rb") as file:
+            yield from json_objects(file)
+    def of_run(self, state: RunState) -> list[Mapping[str, Any]]:
+        run = state.milestone, state.started_at
+        return [e for e in self.entries() if (e.get("milestone"), e.get("run")) == run]
+
+    def append(self, state: RunState, at: str, **about: Any) -> None:
+        """A line, on the disk when this returns. Raises StateError."""
+        entry = {"v": 1, "at": at, "milestone": state.milestone,
+                 "run": state.started_at, **about}
+        with disk(self._path), self._path.open("a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            is_torn = file.read(1) not in (b"", b"\n")      # by a writer that died
+            file.write(b"\n" * is_torn + json.dumps(entry).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
 class StateStore:
     """RunState in `<milestone>_state.json`; `completed_tasks` and such are for jq."""
     def __init__(self, state_dir: Path, milestone: str, clock: Clock) -> None:
         self.path = state_dir / f"{milestone}_state.json"
-        self.folder, self._clock = state_dir / milestone, clock
+        self.lock, self.ledger = state_dir / f"{milestone}.lock", Ledger(
+            state_dir / "ledger.jsonl")
+        self.folder, self.clock = state_dir / milestone, clock
         self._lines: dict[str, tuple[TaskRecord, str]] = {}
     def new_transcript(self, task_id: str, number: int) -> Path:
         name = re.sub(r"[^\w.-]", "_", f"{task_id}-{number}")
@@ -1620,8 +1581,7 @@ class StateStore:
 
     def save(self, state: RunState) -> RunState:
         """On the disk when this returns. What is unchanged is not encoded again."""
-        state = replace(state, updated_at=stamp(self._clock.now()),
-                        cost_usd=round(state.cost_usd, 6))
+        state = replace(state, updated_at=stamp(self.clock.now()))
         for i, record in state.tasks.items():
             if self._lines.get(i, ("",))[0] is not record:
                 self._lines[i] = record, json.dumps({i: record}, default=asdict)[1:-1]
@@ -1659,99 +1619,201 @@ class StateStore:
                              "it away or use run --fresh, which archives it") from None
 
     def archive(self) -> Path | None:
-        """Move transcripts, workspace and state aside; None: there was nothing."""
+        """Move all of it aside, the state last: it tells what is missing. Or None."""
         target = self.path.parent / "archive" / (
-            f"{self.folder.name}-{self._clock.now():%Y%m%dT%H%M%S.%f}")
-        found = [path for path in (self.folder, self.path) if path.exists()]
+            f"{self.folder.name}-{self.clock.now():%Y%m%dT%H%M%S.%f}")
         with disk(target):
-            for path in found:           # the state last: it tells what is missing
+            for path in filter(Path.exists, (self.folder, self.path)):
                 target.mkdir(parents=True, exist_ok=True)
                 path.rename(target / path.name)
-        return target if found else None
+        return target if target.exists() else None
 
-class RunLock:
+def lock_owner(path: Path) -> Mapping[str, Any] | None:
+    """Who owns it, or did when it was killed and nobody has the PID since."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        owner: Mapping[str, Any] = json.loads(path.read_bytes())
+        if owner["host"] == os.uname().nodename:
+            os.kill(int(owner["pid"]), 0)
+        return owner
+    return None
+
+@contextlib.contextmanager
+def run_lock(path: Path, clock: Clock) -> Iterator[None]:
     """`<name>.lock`: under flock while its owner lives; names PID, start and host."""
-    def __init__(self, path: Path, clock: Clock) -> None:
-        self._path, self._clock = path, clock
-    def __exit__(self, *_exc_info: object) -> None:
-        self._file.truncate(0)
-        self._file.close()
-
-    def __enter__(self) -> None:
-        me = {"pid": os.getpid(), "host": os.uname().nodename,
-              "start": stamp(self._clock.now())}
-        with disk(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("ab")
+    me = {"pid": os.getpid(), "host": os.uname().nodename, "start": stamp(clock.now())}
+    with contextlib.ExitStack() as at_end:
+        with disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = at_end.enter_context(path.open("ab"))
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                who = self.owner() or {"pid": "?", "host": "a machine that just began"}
-                raise LockHeldError(f"milestone {self._path.stem} is in use by "
+                who = lock_owner(path) or {"pid": "?", "host": "a machine just begun"}
+                raise LockHeldError(f"milestone {path.stem} is in use by "
                                     f"PID {who['pid']} on {who['host']}", hint=
                                     f"{PROGRAM} status shows how far it is") from None
-            self._path.write_text(json.dumps(me), encoding="utf-8")
-
-    def owner(self) -> Mapping[str, Any] | None:
-        """Who owns it, or did when it was killed and nobody has the PID since."""
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            owner: Mapping[str, Any] = json.loads(self._path.read_bytes())
-            if owner["host"] == os.uname().nodename:
-                os.kill(int(owner["pid"]), 0)
-            return owner
-        return None
-
-class Ledger:
-    """`ledger.jsonl`: an object a line for each agent call, only ever appended to."""
-    def __init__(self, path: Path) -> None:
-        self._path = path
-    def entries(self) -> Iterator[Mapping[str, Any]]:
-        with disk(self._path), contextlib.suppress(FileNotFoundError), \
-                self._path.open("rb") as file:
-            yield from json_objects(file)
-
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """On the disk when this returns. Raises StateError."""
-        with disk(self._path), self._path.open("a+b") as file:
-            file.seek(max(0, file.tell() - 1))
-            is_torn = file.read(1) not in (b"", b"\n")      # by a writer that died
-            file.write(b"\n" * is_torn + json.dumps(entry).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def of_run(self, state: RunState) -> list[Mapping[str, Any]]:
-        run = state.milestone, state.started_at
-        return [e for e in self.entries() if (e.get("milestone"), e.get("run")) == run]
+            path.write_text(json.dumps(me), encoding="utf-8")
+        at_end.callback(file.truncate, 0)
+        yield
 
 # ==== 13. Telemetry ================================================= [shell]
-class Telemetry:
-    """Spans by OTLP/HTTP: milestone > task > claude_invoke. Off without an endpoint."""
-    def __init__(self, environ: Mapping[str, str], warn: Callable[[str], None]) -> None:
-        self._warn, self._told = warn, io.StringIO()
-        self._provider: Any = None
-        get = environ.get
-        if get("OTEL_TRACES_EXPORTER") != "none" and (get("OTEL_EXPORTER_OTLP_ENDPOINT")
-                or get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")):
-            try:
-                self._provider = self._started()
-            except (ImportError, OSError, ValueError, TypeError, AttributeError,
-                    LookupError, RuntimeError) as error:
-                self._told.write(f"{type(error).__name__}: {error}")
+# orchestrator_NAME: what it tells, its label beside `milestone`, all values of that
+METRICS: Mapping[str, tuple[str, str, Sequence[str]]] = {
+    "tasks_total": ("attempts at tasks", "status", [*VerdictStatus]),
+    "task_duration_seconds": ("an agent's time for one", "status", [*VerdictStatus]),
+    "tokens_total": ("of all agent calls", "kind", [*Usage().tokens]),
+    "cost_usd_total": ("of all agent calls", "", [""]),
+    "escalations_total": ("questions to a person", "", [""]),
+    "answers_total": ("of a person", "advice", ["followed", "none or not followed"]),
+    "loops_detected_total": ("given up", "type", ["attempts", "questions", "e2e"]),
+    "e2e_tests_total": ("scenario runs", "status", [*VerdictStatus]),
+    "e2e_fix_attempts_total": ("fixes for it", "success", ["true", "false"]),
+    "sandbox_reset_seconds": ("from a start to a clean sandbox", "", [""]),
+    "outage_wait_seconds": ("a sleep until the API may be back", "", [""]),
+    "running": ("1 from a run's start until it tells its end", "", [""]),
+    "waiting": ("parked questions; 1 in an outage", "cause", ["person", "api"])}
+BUCKETS_S = (0.1, 1, 3, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
+LEDGER_POLL_S = 1.0              # between looks for new lines, which are posted
+Totals = dict[tuple[str, str, str], dict[Any, float]]     # metric, milestone, label
 
-    def _started(self) -> Any:
+def counted(totals: Totals, lines: Iterable[Mapping[str, Any]]) -> Totals:
+    """The totals with a number for each of these lines, too: of nothing else, so that
+    they go on over runs and crashes, and the next post heals a lost one."""
+    for line in lines:           # one that a crash had written twice counts once
+        of, kind, task, run, status, *_ = which = tuple(str(line.get(key, "")) for key
+            in ("milestone", "kind", "task", "run", "status", "at", "attempt"))
+        if ("waiting", of, "api") not in totals:
+            totals.update(((name, of, value), {}) for name, (*_, values)
+                          in METRICS.items() for value in values)
+        metric, value = ("e2e_tests_total", status) if task == E2E_ID else (
+            "e2e_fix_attempts_total", {"completed": "true", "failed": "false"}.get(
+                status, "")) if task.startswith(FIX_ID) else ("tasks_total", status)
+        is_last = kind in ("", "gate", "interpreter") and not line.get("is_open")
+        took_s, asked = line.get("duration_s"), totals["waiting", of, "person"]
+        is_new = kind == "escalation" and (run, task) not in asked
+        for name, label, number in (
+                *(("tokens_total", *x) for x in _object(line.get("tokens")).items()),
+                ("cost_usd_total", "", line.get("cost_usd")),
+                (metric, value * is_last, 1),
+                ("task_duration_seconds", value * is_last * (kind != "interpreter"
+                 and task != E2E_ID), took_s),
+                ("loops_detected_total", str(line.get("loop")), 1),
+                ("answers_total", str(line.get("advice")), 1),
+                (f"{kind}_seconds", "", took_s),
+                ("escalations_total", "", int(is_new))):
+            totals.get((name, of, label), {})[which] = _number(number)
+        for key in [x for x in asked if x == (run, task) or x[0] != run]:
+            del asked[key]       # it goes on, or another run does
+        asked.update({(run, task): 1} if kind == "escalation" else {})
+        if kind in ("sandbox_reset", "end"):
+            totals["running", of, ""] = {of: kind == "sandbox_reset"}
+        else:
+            totals["waiting", of, "api"] = {of: line.get("rule") in ("retry", "limit")}
+    return totals
+
+def metrics_data(found: Totals, resource: Any, start_ns: int, now_ns: int) -> Any:
+    """As the exporter takes it: cumulative. `start_ns` is the same in every run."""
+    from opentelemetry.sdk.metrics import export as otel
+    from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+    metrics, totals = [], otel.AggregationTemporality.CUMULATIVE
+    for metric, (told, label, _) in METRICS.items():
+        is_s, points = metric.endswith("_seconds"), list[Any]()
+        for (_, of, value), by_line in (x for x in found.items() if x[0][0] == metric):
+            at = {label or "milestone": value, "milestone": of}, start_ns, now_ns
+            n = [*by_line.values()]
+            in_bucket = [bisect.bisect_left(BUCKETS_S, s) for s in n if is_s]
+            points.append(otel.HistogramDataPoint(
+                *at, len(n), sum(n), [*map(in_bucket.count, range(len(BUCKETS_S) + 1))],
+                BUCKETS_S, min(n, default=0), max(n, default=0),
+            ) if is_s else otel.NumberDataPoint(*at, round(sum(n), 6)))
+        data = otel.Histogram(points, totals) if is_s else otel.Sum(
+            points, totals, metric.endswith("_total"))       # else it is a gauge
+        metrics.append(otel.Metric(f"orchestrator_{metric}", told, "s" * is_s, data))
+    scope = otel.ScopeMetrics(InstrumentationScope(PROGRAM), metrics, "")
+    return otel.MetricsData([otel.ResourceMetrics(resource, [scope], "")])
+
+def call_attributes(attempt: Attempt, result: AgentResult) -> dict[str, Any]:
+    """Of a call's span, by OpenTelemetry's conventions for agents and by ours."""
+    read, wrote, cached, made = result.usage.tokens.values()
+    ours = ("number", "status", "rule", "ended", "turns", "cost_usd")
+    return {
+        "gen_ai.operation.name": "invoke_agent", "gen_ai.provider.name": "anthropic",
+        "gen_ai.agent.name": "claude-code", "gen_ai.conversation.id": result.session_id,
+        "gen_ai.response.model": next(iter(result.models), ""),
+        "gen_ai.usage.input_tokens": read + cached + made,
+        "gen_ai.usage.output_tokens": wrote,
+        "gen_ai.usage.cache_read.input_tokens": cached,
+        "gen_ai.usage.cache_creation.input_tokens": made,
+        **{f"orchestrator.{name}": getattr(attempt, name) for name in ours}}
+
+def endpoints(environ: Environ) -> tuple[str, ...]:
+    """Where traces and metrics go by the standard variables; '': nowhere."""
+    get, is_off = environ.get, environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    url, signals = get("OTEL_EXPORTER_OTLP_ENDPOINT", ""), ("TRACES", "METRICS")
+    return tuple("" if is_off or get(f"OTEL_{name}_EXPORTER", "otlp") != "otlp" else
+                 get(f"OTEL_EXPORTER_OTLP_{name}_ENDPOINT") or url for name in signals)
+
+class Telemetry:
+    """Spans and metrics by OTLP/HTTP; off without an endpoint. Only `close` waits."""
+    def __init__(self, environ: Environ, warn: Tell, milestone_dir: Path) -> None:
+        self._warn, self._told, self._dir = warn, io.StringIO(), milestone_dir
+        self._senders, self._over = list[threading.Thread](), threading.Event()
+        self._provider: Any = None
+        if any(urls := endpoints(environ)):
+            self._guard(self._start, *urls)
+
+    def _guard(self, act: Callable[..., object], *args: object) -> None:
+        """Do it; that it fails must not matter, be it that the package is missing."""
+        try:
+            act(*args)
+        except (ImportError, OSError, ValueError, TypeError, AttributeError,
+                LookupError, RuntimeError, StateError) as error:
+            self._told.write(f"{type(error).__name__}: {error}\n")
+    def _send(self, act: Callable[..., object], *args: object) -> None:
+        self._senders.append(threading.Thread(
+            target=self._guard, args=(act, *args), daemon=True))
+        self._senders[-1].start()
+
+    def _start(self, traces_url: str, metrics_url: str) -> None:
         import logging
 
-        from opentelemetry.exporter.otlp.proto.http import trace_exporter
+        from opentelemetry.exporter.otlp.proto.http import metric_exporter as metrics
+        from opentelemetry.exporter.otlp.proto.http import trace_exporter as traces
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider, export
         logger = logging.getLogger("opentelemetry")      # the user would see tracebacks
         logger.handlers, logger.propagate = [logging.StreamHandler(self._told)], False
-        ours = Resource({"service.name": PROGRAM, "service.version": __version__})
+        state_dir = self._dir.parent
+        with contextlib.suppress(FileExistsError):   # two first runs, one identity
+            (state_dir / "telemetry.id").symlink_to(str(time.time_ns()))
+        identity = os.readlink(state_dir / "telemetry.id")
+        ours = Resource({"service.name": PROGRAM, "service.version": __version__,
+                         "service.instance.id": identity})
         resource = ours.merge(OTELResourceDetector().detect())    # the user's wins
-        provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        provider.add_span_processor(export.BatchSpanProcessor(
-            trace_exporter.OTLPSpanExporter(timeout=TELEMETRY_CLOSE_S)))
-        return provider
+        if traces_url:
+            self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+            self._provider.add_span_processor(export.BatchSpanProcessor(
+                traces.OTLPSpanExporter(timeout=TELEMETRY_CLOSE_S)))
+        if metrics_url:
+            exporter = metrics.OTLPMetricExporter(timeout=TELEMETRY_CLOSE_S)
+            ledger = (state_dir / "ledger.jsonl").open("a+b")
+            self._send(self._push, ledger, lambda totals, now_ns: exporter.export(
+                metrics_data(totals, resource, int(identity), now_ns)))
+
+    def _push(self, ledger: Any, post: Callable[[Totals, int], object]) -> None:
+        """Post the totals: those at the start, then at each change and at the end; ours
+        with what they replace, so that no growth falls between two days."""
+        size, wait_s, is_over, of = ledger.tell(), 0.0, False, self._dir.name
+        ledger.seek(0)
+        *lines, rest = ledger.read(size).split(b"\n")
+        totals = counted({}, ({"milestone": of}, *json_objects(lines)))
+        while not is_over:
+            is_over, added = self._over.wait(wait_s), ledger.read()
+            if added or is_over or not wait_s:
+                now_ns, wait_s = time.time_ns(), LEDGER_POLL_S
+                post({k: n for k, n in totals.items() if k[1] == of}, now_ns - 10 ** 6)
+                *lines, rest = (rest + added).split(b"\n")
+                post(counted(totals, json_objects(lines)), now_ns)
 
     @contextlib.contextmanager
     def span(self, name: str, **about: str) -> Iterator[Callable[..., None]]:
@@ -1759,26 +1821,54 @@ class Telemetry:
         if self._provider is None:
             yield lambda _: None
             return
-        about = {f"orchestrator.{key}": value for key, value in about.items()}
+        from opentelemetry.trace import SpanKind, StatusCode
+        about = {"milestone": self._dir.name, **about}
         with self._provider.get_tracer(PROGRAM, __version__).start_as_current_span(
-                f"orchestrator.{name}", attributes=about) as span:
+                f"orchestrator.{name}", record_exception=False,     # nor a traceback
+                kind=SpanKind["CLIENT" if name == "claude_invoke" else "INTERNAL"],
+                attributes={f"orchestrator.{k}": v for k, v in about.items()}) as span:
+            if name == "milestone":
+                self._guard(self._link, span)
             yield span.set_attributes
+            known = getattr(span, "attributes", about)   # none where it is not sampled
+            if (word := known.get("orchestrator.status")) in ("failed", "outage"):
+                why = known.get("orchestrator.rule", word)
+                span.set_attribute("error.type", why)
+                span.set_status(StatusCode.ERROR, why)
+
+    def _link(self, span: Any) -> None:
+        """To the run before, whose root span a file names; name ours there."""
+        from opentelemetry import propagate, trace
+        path = self._dir / "traceparent"
+        before = propagate.extract(
+            {"traceparent": path.read_text("utf-8")} if path.exists() else {})
+        span.add_link(trace.get_current_span(before).get_span_context())
+        write_atomically(path, self.variables()["TRACEPARENT"].encode())
+
+    def variables(self) -> dict[str, str]:
+        """By which the CLI's own spans become children of the current one."""
+        carrier = dict[str, str]()
+        if self._provider is not None:
+            from opentelemetry import propagate
+            propagate.inject(carrier)
+        return {name.upper(): value for name, value in carrier.items()}
 
     def close(self) -> None:
         """Send what is left, for TELEMETRY_CLOSE_S at most."""
         if self._provider is not None:
-            sender = threading.Thread(target=self._provider.force_flush, daemon=True)
-            sender.start()
-            sender.join(TELEMETRY_CLOSE_S)
-            self._told.write("no answer" * sender.is_alive())
+            self._send(self._provider.force_flush)
+        self._over.set()
+        until_s = time.monotonic() + TELEMETRY_CLOSE_S
+        for sender in self._senders:
+            sender.join(max(0.0, until_s - time.monotonic()))
+            self._told.write("no answer\n" * sender.is_alive())
         if told := self._told.getvalue():
             self._warn(f"warning: telemetry was not sent: {told.splitlines()[0]}")
 
 # ==== 14. Reporting ================================================= [shell]
 # An agent's escape sequences, and characters that turn the direction of reading.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-def duration_text(seconds: float) -> str:
-    """`0:07`, `12:30`, `1:02:03`."""
+def duration_text(seconds: float) -> str:        # 0:07, 12:30, 1:02:03
     return str(timedelta(seconds=int(seconds))).removeprefix("0:").removeprefix("0")
 def question_text(task_id: str, question: Question) -> str:
     options = [f"  {chr(97 + i)}) {text}" for i, text in enumerate(question.options)]
@@ -1809,9 +1899,11 @@ def _write(stream: TextIO, text: str) -> None:
         raise
 
 class Reporter:
-    """The only writer of text: answers to stdout, the rest to stderr."""
-    def __init__(self, out: TextIO, err: TextIO, clock: Clock, term: str = "") -> None:
-        self._out, self._err, self._clock = out, err, clock
+    """The only writer of text: answers to stdout, the rest to stderr; asks a person."""
+    def __init__(self, out: TextIO, err: TextIO, clock: Clock, term: str = "",
+                 stdin: TextIO | None = None) -> None:
+        self._in, self._clock = stdin or io.StringIO(), clock    # it may be closed
+        self._out, self._err = out, err
         self._is_live = err.isatty() and term not in ("", "dumb")
         self._form = "%H:%M:%S" if self._is_live else "%Y-%m-%dT%H:%M:%SZ"
         self._erase = self.log_file = ""     # the first takes the live line away
@@ -1842,6 +1934,16 @@ class Reporter:
         self._task, self._since = task_id, self._told_at
     def tool(self, told: str, is_live: bool = False) -> None:
         self.progress(f"  {self._task}  {told}", is_live)
+    def is_interactive(self) -> bool:            # is there a person at the keyboard?
+        return self._in.isatty() and self._err.isatty()
+    def agrees(self, question: str, *, at_end: bool = False) -> bool:
+        """Enter agrees, the end of the input is `at_end`; who is not there agrees."""
+        line = self.ask(f"{question} [Y/n] ") if self.is_interactive() else ""
+        return at_end if line is None else line.strip().lower() in ("", "y", "yes")
+    def ask(self, prompt: str) -> str | None:    # one line; None: Ctrl-D, their end
+        termios.tcflush(self._in, termios.TCIFLUSH)      # typed before it was asked
+        _write(self._err, prompt)
+        return self._in.buffer.readline().decode(self._in.encoding, "replace") or None
 
     def countdown(self, left_s: float) -> float:
         """Shows it to who looks; returns after how many seconds to do so again."""
@@ -1860,7 +1962,8 @@ def status_json(state: RunState, plan: Plan | None, is_running: bool) -> dict[st
     """A milestone as `status --json` shows it; tasks not begun only with the plan."""
     steps = {s.id: TaskRecord(s.title) for s in plan.steps} if plan else {}
     records = {**steps, **state.tasks}
-    found = {record.status for record in records.values()}
+    found = {r.status for i, r in records.items()    # of a fix counts what it asks
+             if not i.startswith(FIX_ID) or r.status is TaskStatus.NEEDS_HUMAN}
     words = {"running": is_running, "needs_human": TaskStatus.NEEDS_HUMAN in found,
              "failed": TaskStatus.FAILED in found, "waiting": state.wait,
              "completed": found == {TaskStatus.COMPLETED}, "interrupted": True}
@@ -1876,8 +1979,8 @@ def status_json(state: RunState, plan: Plan | None, is_running: bool) -> dict[st
             "question": r.question if r.status is TaskStatus.NEEDS_HUMAN else None,
             } for i, r in records.items()]}
 
-def status_text(report: Mapping[str, Any]) -> str:
-    """`status_json` for a person, with what is left to do and the next command."""
+def summed_up(report: Mapping[str, Any]) -> tuple[str, list[dict[str, object]], str]:
+    """`status_json` for a person: a title, a row for each task, and what is left."""
     rows = [{"task": t["id"], "status": t["status"], "attempts": t["attempts"],
              "time": duration_text(t["duration_s"]), "cost": f"${t['cost_usd']:.2f}",
              "title": t["title"]} for t in report["tasks"]]
@@ -1888,10 +1991,12 @@ def status_text(report: Mapping[str, Any]) -> str:
         left.append(f"Waits until {wait.until or 'a new start'}: {wait.reason}")
     after = {"completed": "fetch", "needs_human": "resume --answer TEXT",
              "running": "status", "failed": "logs"}.get(report["status"], "run")
-    return "\n".join((
-        "{milestone}: {status}, ${cost_usd:.2f}, branch {branch}".format(**report),
-        shown(rows or "no task was begun"), *left,
-        f"next: {PROGRAM} {after} {report['plan']}"))
+    title = "{milestone}: {status}, ${cost_usd:.2f}, branch {branch}".format(**report)
+    return title, rows, "\n".join((*left, f"next: {PROGRAM} {after} {report['plan']}"))
+
+def status_text(report: Mapping[str, Any]) -> str:
+    title, rows, left = summed_up(report)
+    return f"{title}\n{shown(rows or 'no task was begun')}\n{left}"
 
 def readable_events(lines: Iterable[bytes]) -> Iterator[str]:
     """The lines of `logs`: what the agent said, did and got to see."""
@@ -1905,48 +2010,70 @@ def readable_events(lines: Iterable[bytes]) -> Iterator[str]:
             if told and kind in signs:
                 yield textwrap.indent(shortened(told, 4000), signs[kind])
 
+_TOLD = ("question", "answer", "evidence", "fix_plan")   # in people's or agents' words
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'"><title>%s</title><style>
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; padding-left: .8rem;
- border-left: 3px solid #8886 }
-svg { display: block; width: 100%%; height: .4rem; margin-top: .6rem }
-rect { fill: #88a } .completed { fill: #2a9d55 } .failed { fill: #d0393b }
-.needs_human, .answer { fill: #b7791f } .answer { opacity: .5 }
-</style><h1>%s</h1><pre>%s</pre>%s</html>
+ content="default-src 'none'; style-src 'unsafe-inline'"><title>{title}</title><style>
+:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }}
+body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto }}
+h1 {{ font-size: 1.5rem; overflow-wrap: anywhere }} td:last-child {{ min-width: 12rem }}
+td, th {{ border-bottom: 1px solid #8886; padding: .3rem .6rem; text-align: left }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; padding-left: .8rem;
+ border-left: 3px solid #8886 }} svg {{ display: block; width: 100%; height: .4rem;
+ margin-top: .6rem }} rect {{ fill: currentColor }}
+.completed {{ color: light-dark(#187a3d, #46b970) }}
+.failed, .loop_detected {{ color: light-dark(#c22f32, #f0696b) }}
+.needs_human, .escalation, .answer {{ color: light-dark(#94600f, #d39a3a) }}
+rect.answer, rect.outage_wait, rect.sandbox_reset {{ opacity: .5 }}
+</style><main><h1>{title}</h1><p>{about}</p><h2>Left to do</h2><pre>{left}</pre>
+<h2>Tasks</h2><table>{table}</table>{tasks}<h2>Timeline</h2>{bars}</main></html>
 """
 
-def details(title: str, *texts: str) -> str:
+def details(title: str, word: str, *texts: str) -> str:
     """A line that unfolds; what agents wrote is harmless in it."""
-    inside = "".join(f"<pre>{html.escape(text)}</pre>" for text in texts if text)
-    return f"<details><summary>{html.escape(title)}</summary>{inside}</details>"
+    title, word = html.escape(title), html.escape(word)
+    told = "".join(f"<pre>{html.escape(text)}</pre>" for text in texts if text)
+    return (f'<details><summary>{title} <b class="{word}">{word}</b></summary>'
+            f"{told}</details>")
 
 def report_page(state: RunState, plan: Plan, is_running: bool,
                 lines: Iterable[Mapping[str, Any]], said: Mapping[str, str]) -> str:
     """A run on one page that needs nothing else: each of its `lines` of the ledger with
     a bar that shows its time, and what was `said`, by transcript."""
-    status = html.escape(status_text(status_json(state, plan, is_running)))
-    title, _, told = status.partition("\n")
     begun, until = map(datetime.fromisoformat, (state.started_at, state.updated_at))
-    parts = [details(f"{step.id}: {step.title}", step.text) for step in plan.steps]
-    parts += [details(f"Weakened tests: {len(state.findings)}", *state.findings),
-              f"<h2>Timeline, {begun:%F %T} to {until:%F %T}</h2>"]
     percent = 100 / max(1.0, (until - begun).total_seconds())
+    title, rows, left = summed_up(status_json(state, plan, is_running))
+    cells = [[f"<th>{name}</th>" for name in row] for row in rows[:1]]
+    cells += [[f'<td class="{x}">{x}</td>' for x in map(html.escape, map(
+        str, row.values()))] for row in rows]
+    table = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    tasks = [details(f"{s.id}: {s.title}", state.record(s.id).status, s.text)
+             for s in plan.steps]
+    if state.findings:
+        tasks.append(details("Tests say less now", "needs_human", *state.findings))
+    bars = []
     for line in lines:
         waited_s, worked_s = map(_number, map(line.get, ("waited_s", "duration_s")))
         at_s = (datetime.fromisoformat(line["at"]) - begun).total_seconds() - waited_s
         length_s = waited_s or worked_s      # an answer tells its end, a call its start
-        word, cost_usd = line.get("status", line.get("kind")), line.get("cost_usd")
-        parts += [
-            f'<svg><rect class="{html.escape(str(word))}" x="{at_s * percent:.2f}%" '
-            f'width="{max(0.2, length_s * percent):.2f}%" height="100%"/></svg>',
-            details(f"{line['at'][:19]} {line.get('task')} {word} "
-                    f"{duration_text(length_s)} ${_number(cost_usd):.2f}",
-                    shown(line), said.get(str(line.get("transcript")), ""))]
-    return _CONTROLS.sub("", _PAGE % (title, title, told, "\n".join(parts)))
+        word, cost_usd = str(line.get("status", line.get("kind"))), line.get("cost_usd")
+        tokens = sum(map(_number, _object(line.get("tokens")).values()))
+        heading = ", ".join(filter(None, (
+            f"{line['at'][:19]} {line.get('task', 'run')}", line.get("rule"),
+            duration_text(length_s), tokens and f"{tokens} tokens",
+            cost_usd and f"${cost_usd:.2f}")))
+        words = [_text(line.get(key)) for key in _TOLD]
+        facts = {key: value for key, value in line.items() if key not in _TOLD}
+        bars.append(
+            f'<svg aria-hidden="true"><rect class="{html.escape(word)}" height="100%" '
+            f'x="{at_s * percent:.2f}%" width="{max(0.2, length_s * percent):.2f}%"/>'
+            "</svg>" + details(heading, word, *words, said.get(
+                _text(line.get("transcript")), ""), shown(facts)))
+    return _CONTROLS.sub("", _PAGE.format(
+        title=html.escape(title), about=f"{begun:%F %T} to {until:%F %T} UTC",
+        left=html.escape(left), table=table, tasks="".join(tasks), bars="".join(bars)))
 
 # ==== 15. Escalation desk ============================================ [flow]
 @dataclass(frozen=True, slots=True)
@@ -1955,22 +2082,15 @@ class Crew:
     agent: ClaudeAgent
     sandbox: Sandbox
     store: StateStore
-    ledger: Ledger
-    terminal: Terminal
     notifier: Notifier
     reporter: Reporter
     telemetry: Telemetry
     clock: Clock
     config: Config
 
-def questions(state: RunState) -> dict[str, Question]:
-    """Those that wait for an answer, by task."""
+def questions(state: RunState) -> dict[str, Question]:   # not yet answered, by task
     return {i: record.question for i, record in state.tasks.items() if record.question
             and record.status is TaskStatus.NEEDS_HUMAN and not record.answer}
-
-def answer_unasked(config: Config, question: Question) -> str:
-    """What is answered when nobody is there, or ''."""
-    return question.recommendation if config.on_question == "recommend" else ""
 
 def chosen_answer(line: str, question: Question) -> str:
     """An option by letter or number, the recommendation for 'skip' or '', or words."""
@@ -1979,42 +2099,49 @@ def chosen_answer(line: str, question: Question) -> str:
     named |= dict.fromkeys(("", "skip"), question.recommendation)
     return named.get(line.strip().lower().rstrip(")."), line.strip())
 
-def answered(state: RunState, task_id: str, answer: str, store: StateStore,
-             ledger: Ledger, clock: Clock) -> RunState:
+def answered(state: RunState, task_id: str, answer: str, store: StateStore) -> RunState:
     """The state with the answer, saved; the ledger tells how long that took."""
-    asked, now = state.record(task_id).question or Question(""), clock.now()
-    waited = now - datetime.fromisoformat(state.updated_at or stamp(now))
-    waited_s = round(waited.total_seconds(), 3)
-    ledger.append({
-        "v": 1, "at": stamp(now), "milestone": state.milestone, "run": state.started_at,
-        "task": task_id, "kind": "answer", "question": shortened(asked.text),
-        "answer": shortened(answer), "waited_s": waited_s})
+    asked, now = state.record(task_id).question or Question(""), store.clock.now()
+    waited_s = abs(round(seconds_to(state.updated_at, now), 3))
+    advice = answer.casefold() in asked.recommendation.casefold()
+    store.ledger.append(
+        state, stamp(now), task=task_id, kind="answer", question=shortened(asked.text),
+        answer=shortened(answer), waited_s=waited_s,
+        advice="followed" if advice else "none or not followed")
     return store.save(state.updated(task_id, answer=answer, waited_s=waited_s))
+
+@contextlib.contextmanager
+def noted(crew: Crew, state: RunState, kind: str, **about: str) -> Iterator[None]:
+    """A span, and a line of the ledger if it ends well, of what is no agent call."""
+    at, begun_s = stamp(crew.clock.now()), crew.clock.monotonic()
+    with crew.telemetry.span(kind, **about):
+        yield
+    crew.store.ledger.append(state, at, kind=kind, **about, duration_s=round(
+        crew.clock.monotonic() - begun_s, 3))
 
 def ask_person(crew: Crew, state: RunState, task_id: str) -> RunState:
     """With the answer, unless nobody is there, or they want to answer later."""
     question, answer = questions(state)[task_id], ""
-    crew.reporter.progress(question_text(task_id, question))
+    with noted(crew, state, "escalation", task=task_id, question=shortened(
+            question.text)):
+        crew.reporter.progress(question_text(task_id, question))
     skip = "Enter or skip (as recommended), " if question.recommendation else ""
-    while crew.terminal.is_interactive() and not answer:
-        line = crew.terminal.ask(f"Answer, letter, {skip}later: ")
+    while crew.reporter.is_interactive() and not answer:
+        line = crew.reporter.ask(f"Answer, letter, {skip}later: ")
         if line is None or line.strip().lower() == "later":
             return state
         answer = chosen_answer(line, question)
-    if not answer and (answer := answer_unasked(crew.config, question)):
+    if not answer and crew.config.on_question == "recommend" and (
+            answer := question.recommendation):
         crew.reporter.progress(f"nobody is here, so as recommended: {answer}")
-    return state if not answer else answered(
-        state, task_id, answer, crew.store, crew.ledger, crew.clock)
+    return answered(state, task_id, answer, crew.store) if answer else state
 
 # ==== 16. Task runner ================================================ [flow]
-def left_to_wait_s(wait: Wait, now: datetime) -> float:
-    return (datetime.fromisoformat(wait.until or stamp(now)) - now).total_seconds()
 def git_name(text: str) -> str:              # as one component of a ref
     return re.sub(r"[^A-Za-z0-9_-]+", ".", text).strip(".").replace(".lock", "") or "x"
 def ref(milestone: str, kind: str, name: str) -> str:    # where it stays reachable
     return f"refs/orchestrator/{git_name(milestone)}/{kind}/{git_name(name)}"
-def money_reason(config: Config, state: RunState) -> str:
-    """Why no call may be made any more, or ''."""
+def money_reason(config: Config, state: RunState) -> str:    # against another call
     told = f"money limit: ${state.cost_usd:.2f} spent of ${config.max_cost_usd:.2f}"
     return told if 0 < config.max_cost_usd <= state.cost_usd else ""
 
@@ -2029,7 +2156,7 @@ def stop_reason(config: Config, state: RunState, task_id: str) -> str:
 class TaskRunner:
     """Attempts one task until it is completed, stuck, or waits for a person. The next
     step is chosen by what the last one saved, after a crash too."""
-    _schema, _key = VERDICT_SCHEMA, "status"     # of a report, of a STATUS marker
+    _schema, _key, _span = VERDICT_SCHEMA, "status", "task"    # of report and marker
     def __init__(self, crew: Crew, plan: Plan, guidance: str = "") -> None:
         self._crew, self._config, self._save = crew, crew.config, crew.store.save
         self._plan, self._guidance, self._tell = plan, guidance, crew.reporter.progress
@@ -2038,7 +2165,7 @@ class TaskRunner:
 
     def run(self, state: RunState, task: Task) -> RunState:
         """The state with the task completed, failed, or needing a person; saved."""
-        crew, name = self._crew, "e2e_test" if task.id == E2E_ID else "task"
+        crew, name = self._crew, "e2e_fix" if task.id.startswith(FIX_ID) else self._span
         with crew.telemetry.span(name, task=task.id, title=task.title) as note:
             while True:
                 if task.id not in questions(state):
@@ -2056,7 +2183,7 @@ class TaskRunner:
         record = state.record(task.id)
         if record.question and record.status is TaskStatus.NEEDS_HUMAN:  # now answered
             with self._crew.telemetry.span(
-                    "escalation", task=task.id, answer=shortened(record.answer),
+                    "answer", task=task.id, answer=shortened(record.answer),
                     question=shortened(record.question.text)) as note:
                 note({"orchestrator.waited_s": record.waited_s})
         try:
@@ -2079,12 +2206,14 @@ class TaskRunner:
         if not last or state.in_flight != task.id or record.session_id:
             return None
         if last.status != VerdictStatus.COMPLETED:
-            return self._roll_back(state, task)
-        told = (self._gate(gate, task) for gate in task.gates)
-        if why := next(filter(None, told), ""):
-            # the ledger has the agent's word; the gate's, which outranks it, is free
+            return self._rollback(state, task)
+        if why := next(filter(None, (self._gate(g, task) for g in task.gates)), ""):
             last = replace(last, status=VerdictStatus.FAILED, rule="gate", evidence=why)
-            self._book(state, task, last, kind="gate", cost_usd=0.0)
+        if task.gates:   # the ledger has the agent's word; theirs outranks it, for free
+            told = why or f"passed: {len(task.gates)}"
+            self._book(state, task, replace(last, rule="gate", evidence=told),
+                       kind="gate", cost_usd=0.0)
+        if why:
             return self._put(state, task, attempts=(*others, last))
         commit = sandbox.checkpoint(
             state.branch, state.head, ref=ref(state.milestone, "checkpoints", task.id),
@@ -2098,13 +2227,10 @@ class TaskRunner:
         """From the checkpoint, or in the session whose question was answered."""
         old, config = state.record(task.id), self._config
         session = old.session_id if state.in_flight == task.id else ""
-        prompt = task_prompt(self._plan, task, replace(old, started=old.started + 1),
-                             max_attempts=config.max_attempts, guidance=self._guidance)
-        if session:
-            answer = f"{old.answer}\n\n{self._guidance}" if old.answer else ""
-            prompt = resumed_prompt(prompt.partition("\n")[0], answer)
-        else:
-            state = self._roll_back(state, task)
+        prompt = task_prompt(
+            self._plan, task, replace(old, started=old.started + 1), is_resumed=
+            bool(session), max_attempts=config.max_attempts, guidance=self._guidance)
+        state = replace(state, in_flight="") if session else self._rollback(state, task)
         state, verdict = self._ask(state, task, prompt, session_id=session)
         if verdict is None:
             return state
@@ -2114,18 +2240,25 @@ class TaskRunner:
             return self._fail(state, task, f"{ASKS_AGAIN}: {old.question.text}")
         if verdict.status is VerdictStatus.NEEDS_HUMAN and not detect_loop(
                 state.record(task.id), config):      # there may be too many questions
-            state = state.updated(task.id, status=TaskStatus.NEEDS_HUMAN, answer="",
-                                  question=asked, session_id=last.session_id)
+            return self._park(state, task, question=asked, session_id=last.session_id)
         return self._save(state)
 
     def _put(self, state: RunState, task: Task, **changes: Any) -> RunState:
         return self._save(state.updated(task.id, **changes))
+    def _park(self, state: RunState, task: Task, **asked: Any) -> RunState:
+        return self._put(state, task, status=TaskStatus.NEEDS_HUMAN, answer="", **asked)
     def _fail(self, state: RunState, task: Task, reason: str) -> RunState:
-        self._tell(f"Task {task.id} failed: {shortened(reason)}")
-        return self._roll_back(self._put(state, task, status=TaskStatus.FAILED,
+        loops = {"failed": "attempts", "ask": "questions", "the": "e2e", "it": "e2e"}
+        loop = next((loops[start] for start in loops if reason.startswith(start)), "")
+        is_new = state.record(task.id).status is not TaskStatus.FAILED
+        is_loop = loop and is_new and not task.id.startswith(FIX_ID)    # money is none
+        with noted(self._crew, state, "loop_detected", task=task.id, loop=loop) if (
+                is_loop) else contextlib.nullcontext():
+            self._tell(f"Task {task.id} failed: {shortened(reason)}")
+        return self._rollback(self._put(state, task, status=TaskStatus.FAILED,
                                          reason=shortened(reason)), task)
 
-    def _roll_back(self, state: RunState, task: Task) -> RunState:
+    def _rollback(self, state: RunState, task: Task) -> RunState:
         """The workspace at the last checkpoint; what stood there is kept in a ref."""
         if self._is_clean:
             return state
@@ -2146,9 +2279,8 @@ class TaskRunner:
         which = f"run {number}" if task.id == E2E_ID else f"attempt {number} of {limit}"
         self._is_clean = False
         self._crew.reporter.begin(task.id, f"Task {task.id}: {task.title} ({which})")
-        return self._put(
-            replace(state, in_flight=""), task, title=task.title, sha256=task.sha256,
-            reason="", status=TaskStatus.RUNNING, started=number, session_id="")
+        return self._put(state, task, title=task.title, sha256=task.sha256, reason="",
+                         status=TaskStatus.RUNNING, started=number)
 
     def _ask(self, state: RunState, task: Task, prompt: str, *, session_id: str = "",
              red: str = "") -> tuple[RunState, Verdict | None]:
@@ -2161,79 +2293,83 @@ class TaskRunner:
             state = replace(state, in_flight=result.session_id and task.id).updated(
                 task.id, session_id=result.session_id, started=attempt.number - 1)
             return self._put_off(state, task, problem), None
-        if session_id and verdict.rule == MISSING_SESSION:   # a new one gets the answer
+        if session_id and verdict.rule == "missing_session":     # a new one is told
             return self._put(state, task, started=attempt.number - 1), None
         if config.interpreter and verdict.rule.startswith("text_") and not (
                 money_reason(config, state)):
-            state, _, read, _ = self._call(
+            state, _, verdict, _ = self._call(
                 state, task, prompt=interpreter_prompt(self._plan, task, result.text),
-                session_id="", model=config.interpreter, timeout_s=None, is_reader=True)
-            if read.rule == "structured":
-                verdict = replace(read, rule="interpreter")
+                session_id="", model=config.interpreter, timeout_s=None, first=verdict)
         attempt = replace(attempt, status=verdict.status, rule=verdict.rule)
         self._outages = self._losses = 0
         attempts = (*state.record(task.id).attempts, attempt)
         return replace(state, in_flight=task.id).updated(
-            task.id, attempts=attempts), verdict
+            task.id, attempts=attempts, session_id=""), verdict
 
-    def _call(self, state: RunState, task: Task, red: str = "", **options: Any,
+    def _call(self, state: RunState, task: Task, red: str = "",
+              first: Verdict | None = None, **options: Any,
               ) -> tuple[RunState, Attempt, Verdict, AgentResult]:
-        """One call, which is in the ledger then. Raises what stopped it, uncounted."""
+        """One call, of an interpreter if there is a `first` verdict; in the ledger when
+        this returns. Raises what stopped it, uncounted."""
         crew, limit_usd = self._crew, self._config.max_cost_usd
         number, at = state.record(task.id).started, stamp(crew.clock.now())
         transcript = crew.store.new_transcript(task.id, number)
         try:
             with crew.telemetry.span("claude_invoke", task=task.id) as note:
                 result, stopped = crew.agent.ask(
-                    transcript=transcript, schema=self._schema,
+                    transcript=transcript, schema=self._schema, is_reader=bool(first),
                     budget_usd=limit_usd and limit_usd - state.cost_usd, **options)
-                note({"gen_ai.conversation.id": result.session_id,
-                      "gen_ai.usage.output_tokens": result.usage.output,
-                      "orchestrator.cost_usd": result.usage.cost_usd})
-            verdict, problem = judge(result, self._key, red), outage(result)
-            word = "interrupted" if stopped else "outage" if problem else verdict.status
-            rule, evidence = (problem.kind, problem.reason) if problem else (
-                verdict.rule, verdict.evidence)
-            attempt = Attempt(
-                number, at, round(result.duration_s, 3), result.ended, word, rule,
-                shortened(evidence), result.session_id, result.turns,
-                round(result.usage.cost_usd, 6), verdict.fix_plan, state.head)
-            more = {"kind": "interpreter"} if "is_reader" in options else {}
-            self._book(state, task, attempt, result, transcript=transcript.name, **more)
-            state = replace(state, cost_usd=state.cost_usd + attempt.cost_usd)
+                said, problem = judge(result, self._key, red), outage(result)
+                if first:
+                    is_read = said.rule == "structured"
+                    said = replace(said, rule="interpreter") if is_read else first
+                word = "interrupted" if stopped else problem and "outage" or said.status
+                rule, evidence = (problem.kind, problem.reason) if problem else (
+                    said.rule, said.evidence)
+                attempt = Attempt(
+                    number, at, round(result.duration_s, 3), result.ended, word, rule,
+                    shortened(evidence), result.session_id, result.turns,
+                    round(result.usage.cost_usd, 6), said.fix_plan, state.head)
+                note(call_attributes(attempt, result))
+            # a word that an interpreter or gates will outrank is no attempt's last one
+            is_open = (task.gates and task.id != E2E_ID and word == "completed" or
+                       self._config.interpreter and not first and rule[:5] == "text_")
+            more = {"kind": "interpreter"} if first else {}
+            self._book(state, task, attempt, result, transcript=transcript.name,
+                       is_open=bool(is_open), **more)
+            state = replace(state, cost_usd=round(state.cost_usd + attempt.cost_usd, 6))
             if stopped:
                 raise stopped
         except (Interrupted, SandboxError) as error:     # free, but for SIGTERM, SIGHUP
-            self._put(state, task, started=number - getattr(error, "by_hand", True))
+            is_free = getattr(error, "by_hand", True)    # an answer's session goes on
+            kept = task.id if is_free and state.record(task.id).session_id else ""
+            self._put(replace(state, in_flight=kept), task, started=number - is_free)
             raise
         self._tell(f"  {task.id}  {word} by rule {rule} after "
                    f"{duration_text(result.duration_s)}, ${attempt.cost_usd:.2f}: "
                    f"{shortened(' '.join(evidence.split()), 160)}")
-        return state, attempt, verdict, result
+        return state, attempt, said, result
 
     def _book(self, state: RunState, task: Task, attempt: Attempt,
               result: AgentResult = AgentResult(), **more: Any) -> None:
         """One line of the ledger: what a call or a gate was for, gave and cost."""
         said, models = asdict(attempt), asdict(result)["models"]
-        self._crew.ledger.append({
-            "v": 1, "at": said.pop("started_at"), "milestone": state.milestone,
-            "run": state.started_at, "task": task.id, "attempt": said.pop("number"),
-            **said, "tokens": result.usage.tokens, "models": models, **more})
+        self._crew.store.ledger.append(
+            state, said.pop("started_at"), task=task.id, attempt=said.pop("number"),
+            tokens=result.usage.tokens, models=models, **said | more)
 
     def _put_off(self, state: RunState, task: Task, problem: Outage) -> RunState:
         """The wait saved, or a question if none is a cure. Raises OutageError."""
-        now_s = self._crew.clock.now().timestamp()
+        config, now = self._config, self._crew.clock.now()
         if problem.kind is OutageKind.PERSON:
             asked = Question(f"Claude Code cannot work: {problem.reason}", (CURED,))
-            return self._put(replace(state, in_flight=""), task, question=asked,
-                             answer="", status=TaskStatus.NEEDS_HUMAN)
+            return self._park(replace(state, in_flight=""), task, question=asked)
         self._outages += 1
-        wait_s = retry_delay_s(problem, self._outages, now_s, self._config)
-        until_s = now_s + wait_s if wait_s is not None else (
-            problem.resets_at and problem.resets_at + LIMIT_MARGIN_S)
-        until = stamp(datetime.fromtimestamp(until_s, UTC)) if until_s else ""
+        wait_s = retry_delay_s(problem, self._outages, now.timestamp(), config)
+        until = "" if wait_s == float("inf") else stamp(now + timedelta(seconds=wait_s))
         state = self._save(replace(state, wait=Wait(problem.reason, until)))
-        if wait_s is None:
+        is_long = problem.resets_at and wait_s > config.limit_wait_s
+        if is_long or self._outages > len(config.outage_delays_s):
             raise OutageError(f"the API is not available: {problem.reason}",
                               hint=f"start again after {until or 'a while'}")
         return state
@@ -2241,15 +2377,16 @@ class TaskRunner:
     def _sit_out(self, state: RunState) -> RunState:
         """Wait as saved, maybe by an earlier run."""
         wait, crew = state.wait or Wait("", ""), self._crew
-        wait_s = left_to_wait_s(wait, crew.clock.now())
+        wait_s = seconds_to(wait.until, crew.clock.now())
         if wait_s > 0:
             self._tell(told := f"{wait.reason}: going on at {wait.until}")
-        if wait_s > LONG_WAIT_S:
-            crew.notifier.tell("waiting", state.milestone, told)
-        while (left_s := left_to_wait_s(wait, crew.clock.now())) > 0:
-            crew.clock.sleep(crew.reporter.countdown(left_s))
-        if wait_s > LONG_WAIT_S:
-            crew.notifier.tell("resumed", state.milestone, wait.reason)
+            if wait_s > LONG_WAIT_S:
+                crew.notifier.tell("waiting", state.milestone, told)
+            with noted(crew, state, "outage_wait"):
+                while (left_s := seconds_to(wait.until, crew.clock.now())) > 0:
+                    crew.clock.sleep(crew.reporter.countdown(left_s))
+            if wait_s > LONG_WAIT_S:
+                crew.notifier.tell("resumed", state.milestone, wait.reason)
         return replace(state, wait=None)
 
     def _gate(self, gate: str, task: Task) -> str:
@@ -2266,7 +2403,7 @@ class TaskRunner:
 # ==== 17. E2E runner ================================================= [flow]
 class E2ERunner(TaskRunner):
     """The scenario: run again, since it may be flaky, then fixed or put to a person."""
-    _schema, _key = E2E_SCHEMA, "e2e_status"
+    _schema, _key, _span = E2E_SCHEMA, "e2e_status", "e2e_test"
 
     def _settle(self, state: RunState, task: Task) -> RunState | None:
         """What the runs on this checkpoint lead to; None: to a run."""
@@ -2274,12 +2411,13 @@ class E2ERunner(TaskRunner):
         here = [a for a in record.attempts if a.commit == state.head]
         failed = sum(a.status == VerdictStatus.FAILED for a in here)
         is_by_hand = record.answer in BY_HAND
+        is_plan = record.question and record.question.options != (CURED,)
         if here and (is_by_hand or here[-1].status == VerdictStatus.COMPLETED):
             told = f"a person said: {record.answer}" if is_by_hand else \
                 f"flaky: failed {failed} of {len(here)} runs" if failed else ""
             state = self._put(state, task, status=TaskStatus.COMPLETED, reason=told)
-            return self._roll_back(state, task)
-        if here and record.status is TaskStatus.NEEDS_HUMAN:
+            return self._rollback(state, task)
+        if here and is_plan and record.status is TaskStatus.NEEDS_HUMAN:
             return self._fix(state, task, record.answer)
         if failed <= config.e2e_retries:
             return None
@@ -2288,13 +2426,13 @@ class E2ERunner(TaskRunner):
         if fix_plan := here[-1].fix_plan:
             self._tell(f"E2E failed: {here[-1].evidence}\nFix: {fix_plan}")
             is_begun = any(fix.status not in OVER for fix in state.fixes.values())
-            if is_begun or self._crew.terminal.agrees("Apply fix?"):
+            if is_begun or self._crew.reporter.agrees("Apply fix?"):
                 return self._fix(state, task, fix_plan)
-        return self._put(state, task, status=TaskStatus.NEEDS_HUMAN, answer="")
+        return self._park(state, task)
 
     def _attempt(self, state: RunState, task: Task) -> RunState:
         """Gates first: when they alone can tell, there is no call."""
-        state, retries = self._roll_back(state, task), self._config.e2e_retries
+        state, retries = self._rollback(state, task), self._config.e2e_retries
         runs, red = state.record(E2E_ID).attempts, self._red(state, task)
         if sum(a.commit == state.head for a in runs) < retries if red else (
                 task.gates and not has_prose(task)):
@@ -2310,10 +2448,9 @@ class E2ERunner(TaskRunner):
         if verdict is None:
             return state
         asked = verdict.question or Question(verdict.evidence)
-        is_unclear = verdict.status is VerdictStatus.NEEDS_HUMAN
-        status = TaskStatus.NEEDS_HUMAN if is_unclear else TaskStatus.RUNNING
-        return self._put(state, task, status=status, answer="", question=replace(
-            asked, options=(*asked.options, *BY_HAND)))
+        asked = replace(asked, options=(*asked.options, *BY_HAND))
+        put = self._park if verdict.status is VerdictStatus.NEEDS_HUMAN else self._put
+        return put(state, task, question=asked)
 
     def _red(self, state: RunState, task: Task) -> str:
         """What fails of the tasks' gates, passed once, or of the scenario's; or ''."""
@@ -2390,26 +2527,30 @@ def _begun(crew: Crew, state: RunState) -> RunState:
         sandbox.recover(state.branch, state.head)
     if sandbox.sh('git merge-base --is-ancestor "$1" HEAD', state.head).exit_code:
         state = replace(state, in_flight="")     # somebody reset it meanwhile
-    spent_usd = sum(_number(e.get("cost_usd")) for e in crew.ledger.of_run(state))
+    spent_usd = sum(_number(e.get("cost_usd")) for e in crew.store.ledger.of_run(state))
     return replace(state, cost_usd=max(state.cost_usd, spent_usd))
 
 def run_milestone(crew: Crew, plan: Plan, state: RunState, task: Task | None = None,
                   guidance: str = "") -> RunState:
     """Tasks in plan order, then E2E, to the first that fails; or one `task`, anew."""
-    state = _begun(crew, state)
     if task:
         records = {i: record for i, record in state.tasks.items()
                    if not i.startswith((E2E_ID, GUARD_ID))}
         if (old := state.record(task.id)).status in OVER:
             records[task.id] = TaskRecord(question=old.question, answer=old.answer)
         state = replace(state, tasks=records)
+    with noted(crew, state, "sandbox_reset"):
+        state = _begun(crew, state)
     tasks, e2e = TaskRunner(crew, plan, guidance), E2ERunner(crew, plan)
-    for step in (task,) if task else plan.steps:
-        if state.record(step.id).status is not TaskStatus.COMPLETED:
-            state = (e2e if step.id == E2E_ID else tasks).run(state, step)
-        if state.record(step.id).status is not TaskStatus.COMPLETED:
-            return state
-    return state if task else _guarded(crew, plan, state)
+    try:
+        for step in (task,) if task else plan.steps:
+            if state.record(step.id).status is not TaskStatus.COMPLETED:
+                state = (e2e if step.id == E2E_ID else tasks).run(state, step)
+            if state.record(step.id).status is not TaskStatus.COMPLETED:
+                return state
+        return state if task else _guarded(crew, plan, state)
+    finally:
+        crew.store.ledger.append(state, stamp(crew.clock.now()), kind="end")
 
 def with_plan_changes(state: RunState, plan: Plan) -> tuple[RunState, tuple[str, ...]]:
     """The state matched with a plan that was edited since, and what to tell of it."""
@@ -2438,34 +2579,25 @@ class World:
     """What a command works with: arguments, settings, and the outside."""
     args: argparse.Namespace
     config: Config
-    environ: Mapping[str, str]
+    environ: Environ
     clock: Clock
     processes: Processes
-    terminal: Terminal
     reporter: Reporter
-
     def store(self, milestone: str) -> StateStore:
         return StateStore(Path(self.config.state_dir), milestone, self.clock)
-    def lock(self, milestone: str) -> RunLock:
-        return RunLock(Path(self.config.state_dir, f"{milestone}.lock"), self.clock)
-    def ledger(self) -> Ledger:
-        return Ledger(Path(self.config.state_dir, "ledger.jsonl"))
 
     def sandbox(self, state: RunState) -> DockerSandbox | LocalSandbox:
         """The kind the milestone was started in, unless a setting says otherwise."""
         told = state if self.args.sources["sandbox"] == "default" else self.config
         return self.docker() if told.sandbox == "docker" else LocalSandbox(
-            self.processes, self.clock, repo=Path(self.config.repo),
-            folder=self.store(state.milestone).folder / "workspace",
-            environ=self.environ)
+            self.processes, self.config, self.environ,
+            self.store(state.milestone).folder / "workspace")
 
     def docker(self) -> DockerSandbox:
-        return DockerSandbox(
-            self.processes, self.clock, environ=self.environ,
-            compose_files=self.config.compose_files, key_by=self.config.key_by)
+        return DockerSandbox(self.processes, self.config, self.environ)
     def git(self, *args: str, **options: Any) -> ProcessResult:
         argv = ("git", "-C", self.args.into or self.config.repo, *args)
-        return self.processes.run(Command(argv=argv), **options)
+        return self.processes.run(Command(argv), **options)
     def show(self, value: Any, text: str = "") -> None:
         raw = json.dumps(value, indent=2, default=asdict)
         self.reporter.answer(raw if self.args.json else text or shown(json.loads(raw)))
@@ -2482,7 +2614,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, hint=f"{self.prog} --help")
 
 def cmd_run(world: World) -> ExitCode:
-    """`run`, `resume` and `task`."""
+    """start a milestone (--fresh: over again), or go on; --create-pr: with gh"""
     args, plan = world.args, world.args.plan
     if plan.errors:
         raise UsageError("\n".join(f"{plan.path}:{p.line}: {p.message}"
@@ -2491,7 +2623,7 @@ def cmd_run(world: World) -> ExitCode:
     if args.name == "task" and not task:
         raise UsageError(f"{plan.path} has no task {args.id!r}", hint="see `check`")
     part = replace(plan, tasks=(task,), e2e=None) if task else plan
-    with world.lock(plan.milestone):
+    with run_lock(world.store(plan.milestone).lock, world.clock):
         state = begun(world, plan)
         if (code := at_once(world, part, state)) is None:
             state = work(world, plan, state, task)
@@ -2509,13 +2641,13 @@ def at_once(world: World, part: Plan, state: RunState) -> ExitCode | None:
         return ExitCode.OK
     step = task_id or next((s.id for s in part.steps if state.record(
         s.id).status is not TaskStatus.COMPLETED), GUARD_ID)
-    for i, asked in () if world.terminal.is_interactive() else questions(state).items():
+    for i, asked in () if world.reporter.is_interactive() else questions(state).items():
         if (i == step or step == E2E_ID and i.startswith(FIX_ID)) and not (
-                answer_unasked(config, asked)):
+                config.on_question == "recommend" and asked.recommendation):
             text = shortened(" ".join(asked.text.split()), 160)
             world.reporter.progress(f"task {i} asks: {text}; see status {part.path}")
             return ExitCode.NEEDS_HUMAN
-    if wait and left_to_wait_s(wait, world.clock.now()) > config.limit_wait_s:
+    if wait and seconds_to(wait.until, world.clock.now()) > config.limit_wait_s:
         raise OutageError(f"the API is not available: {wait.reason}",
                           hint=f"start again after {wait.until}")
     if not task_id and state.record(step).status is TaskStatus.FAILED and (
@@ -2532,7 +2664,7 @@ def begun(world: World, plan: Plan) -> RunState:
         raise StateError(f"no saved {store.path}", hint=f"{PROGRAM} run {plan.path}")
     left = [step.id for step in plan.steps
             if state and state.record(step.id).status is not TaskStatus.COMPLETED]
-    if args.fresh or args.name == "run" and left and not world.terminal.agrees(
+    if args.fresh or args.name == "run" and left and not world.reporter.agrees(
             f"Resume from Task {left[0]}?", at_end=True):
         state = None
         if target := store.archive():
@@ -2541,8 +2673,8 @@ def begun(world: World, plan: Plan) -> RunState:
         plan.milestone, str(plan.path), plan.sha256,
         plan.branch or f"orchestrator/{git_name(plan.milestone)}",
         world.config.sandbox, stamp(world.clock.now())), plan)
-    noted = (f"{plan.path}:{p.line}: {p.message}" for p in plan.warnings)
-    for told in (*noted, *changes):
+    warned = (f"{plan.path}:{p.line}: {p.message}" for p in plan.warnings)
+    for told in (*warned, *changes):
         tell(f"warning: {told}")
     if args.answer is not None:          # '' is --skip
         found = [(i, answer) for i, asked in questions(state).items()
@@ -2550,32 +2682,30 @@ def begun(world: World, plan: Plan) -> RunState:
         if not found:
             raise UsageError("no question is waiting, or the agent recommended nothing",
                              hint=f"{PROGRAM} status {plan.path}")
-        state = answered(state, *found[0], store, world.ledger(), world.clock)
+        state = answered(state, *found[0], store)
     return state
 
 def work(world: World, plan: Plan, state: RunState, task: Task | None) -> RunState:
     """Wire the adapters, run, leave nothing behind however it ends, and sum up."""
     reporter, config, sandbox = world.reporter, world.config, world.sandbox(state)
-    if isinstance(sandbox, LocalSandbox):    # the agent starts in its workspace
-        config = replace(config, claude=shlex.join(
-            os.path.abspath(part) if "/" in part and os.path.exists(part) else part
-            for part in shlex.split(config.claude)))
-    telemetry = Telemetry(world.environ, reporter.progress)
+    store = world.store(plan.milestone)
+    telemetry = Telemetry(world.environ, reporter.progress, store.folder)
     notifier = Notifier(world.processes, config, reporter.progress)
-    agent = ClaudeAgent(sandbox, config, lambda path: Transcript(
-        path, reporter.tool, reporter.silence, config.max_repeats))
-    crew = Crew(agent, sandbox, world.store(plan.milestone), world.ledger(),
-                world.terminal, notifier, reporter, telemetry, world.clock, config)
+    agent = ClaudeAgent(sandbox, config, telemetry.variables, lambda path: Transcript(
+        path, StreamDecoder(reporter.tool, config.max_repeats), reporter.silence))
+    crew = Crew(agent, sandbox, store, notifier, reporter, telemetry, world.clock,
+                config)
     try:
         with contextlib.closing(telemetry), contextlib.closing(sandbox), \
-                telemetry.span("milestone", milestone=plan.milestone):
+                telemetry.span("milestone", run=state.started_at) as note:
             state = run_milestone(crew, plan, state, task, world.args.guidance)
+            report = status_json(state, plan, False)
+            note({f"orchestrator.{key}": report[key] for key in ("status", "cost_usd")})
     except (SandboxError, OutageError, StateError) as error:
         notifier.tell("interrupted", plan.milestone, f"{error}; {error.hint}")
         raise
-    told = status_text(report := status_json(state, plan, False))
     event = str(report["status"]).replace("needs_human", "question")
-    notifier.tell(event, plan.milestone, told)
+    notifier.tell(event, plan.milestone, told := status_text(report))
     with contextlib.suppress(OrchestratorError):     # nobody reads it
         reporter.answer(told)
     return state
@@ -2583,14 +2713,15 @@ def work(world: World, plan: Plan, state: RunState, task: Task | None) -> RunSta
 def cmd_check(world: World) -> ExitCode:
     """read the plan, or probe the tools; change nothing"""
     if plan := world.args.plan:
-        report = asdict(plan) | {"path": str(plan.path)}
-        tasks = [{key: len(value) if isinstance(value, tuple) else value
-                  for key, value in task.items() if key not in ("text", "end_line")}
-                 for task in report["tasks"]]
-        world.show(report, shown(report | {"tasks": tasks, "context": ""}))
+        report = asdict(plan) | {"path": str(plan.path), "e2e": plan.e2e and {
+            **asdict(plan.e2e), "heading": plan.e2e.title}}
+        tasks = [{key: len(x) if isinstance(x, tuple) else x for key, x in task.items()
+                  if key not in ("text", "end_line")} for task in report["tasks"]]
+        told = report | {"tasks": tasks, "context": "", "sha256": ""}
+        world.show(report, shown(told))
         return ExitCode.USAGE if plan.errors else ExitCode.OK
     config, docker, run = world.config, world.docker(), world.processes.run
-    git, claude = ("git", "--version"), (*shlex.split(config.claude), "--version")
+    git, claude = ("git", "--version"), (*docker.claude, "--version")
     inside = docker.composed("exec", "-T", *docker.variables, "sandbox").argv
     commands = {"git": git, "claude": claude} if config.sandbox == "local" else {
         "git": git, "engine": ("docker", "version", "--format", "{{.Server.Version}}"),
@@ -2598,14 +2729,14 @@ def cmd_check(world: World) -> ExitCode:
         "repository in the sandbox": (*inside, "git", "log", "-1"),
         "volumes in the sandbox": (*inside, "workspace.py", "check"),
         "API from the sandbox": (*inside, "workspace.py", "reach")}
-    ran = {name: run(Command(argv=("/usr/bin/env", *argv)), timeout_s=20.0)
+    ran = {name: run(Command(("/usr/bin/env", *argv)), timeout_s=20.0)
            for name, argv in commands.items()}       # env says which program is missing
     probes = [{"name": name, "ok": end.exit_code == 0, "told":
                (end.output or end.ended).splitlines()[-1]} for name, end in ran.items()]
     settings = [{"name": name, "value": getattr(config, name), "source": source}
                 for name, source in world.args.sources.items()]
-    world.show({"probes": probes, "settings": settings, "telemetry":
-                world.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "off")})
+    world.show({"probes": probes, "settings": settings, "telemetry": ", ".join(
+        dict.fromkeys(filter(None, endpoints(world.environ)))) or "off"})
     return ExitCode.OK if all(p["ok"] for p in probes) else ExitCode.SANDBOX
 
 def cmd_status(world: World) -> None:
@@ -2614,37 +2745,37 @@ def cmd_status(world: World) -> None:
     saved = sorted(Path(world.config.state_dir).glob("*_state.json"))
     for name in [plan.milestone] if plan else [
             path.name.removesuffix("_state.json") for path in saved]:
-        if (state := world.store(name).load()) is None:
+        if (state := (store := world.store(name)).load()) is None:
             raise StateError(f"no saved state of milestone {name}", hint="run it")
-        found.append(status_json(state, plan, bool(world.lock(name).owner())))
+        found.append(status_json(state, plan, bool(lock_owner(store.lock))))
     world.show(found[0] if plan else found,
                "\n\n".join(map(status_text, found)) or "no milestones yet")
 
 def cmd_costs(world: World) -> None:
     """`costs` and `history`: the ledger's calls and money, summed up by key."""
-    args, by, rows = world.args, world.args.by, dict[str, dict[str, Any]]()
-    for entry in world.ledger().entries():
-        milestone, task, run, at = (
-            str(entry.get(key)) for key in ("milestone", "task", "run", "at"))
+    by, since, rows = world.args.by, str(world.args.since or ""), dict[str, Any]()
+    for entry in world.store("").ledger.entries():
+        milestone, task, run, at, status = (
+            str(entry.get(key)) for key in "milestone task run at status".split())
         key = {"milestone": milestone, "task": f"{milestone} {task}", "day": at[:10],
                "run": f"{milestone} {run}"}.get(by, "unknown")
         parts = by == "model" and _object(entry.get("models")) or {key: entry}
-        for name, part in parts.items() if at >= str(args.since or "") else ():
-            row = rows.setdefault(name, {by: name, "calls": 0, "cost_usd": 0.0})
+        last = {"last_call_at": at, "last_task": task, "last_status": status}
+        for name, part in parts.items() if "cost_usd" in entry and at >= since else ():
+            row = rows.setdefault(name, ({"milestone": milestone, "started_at": run}
+                if by == "run" else {by: name}) | {"calls": 0, "cost_usd": 0.0})
             row["cost_usd"] += _number(_object(part).get("cost_usd"))
             row["calls"] += entry.get("kind") in (None, "interpreter")
-            if by == "run" and "status" in entry:
-                row |= {"milestone": milestone, "started_at": run, "last_call_at": at,
-                        "last_task": task, "last_status": entry.get("status")}
+            row |= last if by == "run" else {}
     told = [row | {"cost_usd": round(row["cost_usd"], 6)} for row in rows.values()]
     total_usd = round(sum(row["cost_usd"] for row in told), 6)
     world.show(told if by == "run" else {"total_usd": total_usd, f"by_{by}": told},
-               f"{total_usd:.2f}" if args.total else "")
+               f"{total_usd:.2f}" if world.args.total else "")
 
 def cmd_logs(world: World) -> None:
     """what the agent said, did and saw in the latest attempt"""
     plan, task_id = world.args.plan, world.args.id
-    store, lock = world.store(plan.milestone), world.lock(plan.milestone)
+    store = world.store(plan.milestone)
     found = [path for path in store.folder.glob("*.ndjson")
              if task_id in (None, path.stem.rpartition("-")[0])]
     if not found:
@@ -2653,7 +2784,7 @@ def cmd_logs(world: World) -> None:
     with max(found, key=lambda path: path.stat().st_mtime_ns).open("rb") as file:
         is_growing = True
         while is_growing:        # asked before the look that would be the last
-            is_growing = world.args.follow and lock.owner() is not None
+            is_growing = world.args.follow and lock_owner(store.lock) is not None
             for text in readable_events(file) if not world.args.json else (
                     line.decode("utf-8", "replace").rstrip("\n") for line in file):
                 world.reporter.answer(text)
@@ -2667,16 +2798,18 @@ def cmd_report(world: World) -> None:
     said = {path.name: shortened("\n".join(
         readable_events(path.read_bytes().split(b"\n"))), 20_000)
         for path in store.folder.glob("*.ndjson")}
-    page = report_page(state, plan, bool(world.lock(plan.milestone).owner()),
-                       world.ledger().of_run(state), said)
+    page = report_page(state, plan, bool(lock_owner(store.lock)),
+                       store.ledger.of_run(state), said)
     target = Path(world.args.o or store.folder / "report.html")
     write_atomically(target, page.encode(errors="replace"))
     world.reporter.answer(str(target))
 
 def cmd_explain(world: World) -> None:
     """the verdict on one recorded stream (- for standard input), and why"""
-    result = read_transcript(world.args.file, contents(world.args.file),
-                             world.config.max_repeats)
+    decoder = StreamDecoder(max_repeats=world.config.max_repeats)
+    decoder.feed(contents(world.args.file))
+    stderr = world.args.file.with_suffix(".stderr")
+    result = decoder.finish(contents(stderr) if stderr.is_file() else b"")
     verdict, problem = judge(result), outage(result)
     same = "session_id turns ended exit_code duration_s events bad_lines".split()
     world.show({"status": "outage" if problem else verdict.status, "rule": verdict.rule,
@@ -2704,8 +2837,8 @@ def cmd_fetch(world: World) -> None:
 
 def create_pr(world: World, plan: Plan, state: RunState) -> None:
     """By the host's own login to GitHub, if it is wanted; without gh, the text."""
-    if not (world.args.create_pr or world.terminal.is_interactive() and world.git(
-            "remote").stdout and world.terminal.agrees("Create PR?")):
+    if not (world.args.create_pr or world.reporter.is_interactive() and world.git(
+            "remote").stdout and world.reporter.agrees("Create PR?")):
         return
     cmd_fetch(world)
     told = {"state": status_text(status_json(state, plan, False)), "verdicts": {
@@ -2725,8 +2858,8 @@ def create_pr(world: World, plan: Plan, state: RunState) -> None:
 
 def cmd_sandbox(world: World) -> ExitCode:
     """the docker sandbox: init builds (--rebuild: anew), starts, clones"""
-    config, action, docker = world.config, world.args.action, world.docker()
-    if program := {"shell": ["bash"], "claude": shlex.split(config.claude)}.get(action):
+    action, docker = world.args.action, world.docker()
+    if program := {"shell": ["bash"], "claude": docker.claude}.get(action):
         docker.compose("ps", "-q")       # says what is wrong, if docker is unusable
         inside = ("exec", *docker.variables, "sandbox", *program, *world.args.rest)
         os.execvp("docker", docker.composed(*inside).argv)
@@ -2777,14 +2910,13 @@ _OPTIONS: dict[str, dict[str, Any]] = {      # of arguments; the others are swit
     "--by": {"choices": ("milestone", "task", "model", "day"), "default": "milestone"},
     "--since": {"metavar": "2026-01-31", "type": datetime.fromisoformat}}
 _CLI: tuple[tuple[str, Callable[[World], ExitCode | None], str, str], ...] = (
-    ("run", cmd_run, "plan --fresh --create-pr",
-     "start a milestone (--fresh: over again), or go on; --create-pr: with gh"),
+    ("run", cmd_run, "plan --fresh --create-pr", ""),
     ("resume", cmd_run, "plan --answer --answer-file --skip --create-pr",
      "go on, with an answer to its question (--skip: as recommended)"),
     ("task", cmd_run, "plan id --guidance", "run one task; --guidance is told to it"),
     ("check", cmd_check, "plan? --json", ""),
     ("status", cmd_status, "plan? --json", ""),
-    ("history", cmd_costs, "--json", "past runs, oldest first"),
+    ("history", cmd_costs, "--json --since", "past runs, oldest first"),
     ("costs", cmd_costs, "--json --by --since --total", "what was spent"),
     ("logs", cmd_logs, "plan id? --json --follow", ""),
     ("explain", cmd_explain, "file --json", ""),
@@ -2796,7 +2928,7 @@ _CLI: tuple[tuple[str, Callable[[World], ExitCode | None], str, str], ...] = (
 
 def build_parser() -> argparse.ArgumentParser:
     """Every command with every flag."""
-    settings = _Parser(add_help=False)
+    settings = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     own = settings.add_argument_group("settings (flag, ORCHESTRATOR_*, ini file)")
     own.add_argument("--config", help="ini file, not that beside the state directory")
     for key, s in SETTINGS.items():
@@ -2806,8 +2938,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, formatter_class=argparse.RawTextHelpFormatter,
                      description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
-    flags = dict.fromkeys("answer fresh total create_pr since id force into".split())
-    parser.set_defaults(**flags, by="run", guidance="")
+    flags = "answer fresh total create_pr since id force into config".split()
+    parser.set_defaults(**dict.fromkeys(flags), by="run", guidance="")
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
     sandbox = commands.add_parser("sandbox", help=cmd_sandbox.__doc__)
     actions = sandbox.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -2824,10 +2956,11 @@ def build_parser() -> argparse.ArgumentParser:
                 argument.rstrip("?"), **options)
     return parser
 
-def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Config:
-    """Flags, environment, ini file; `args.sources` says which. Raises UsageError."""
-    state_dir = args.state_dir or environ.get("ORCHESTRATOR_STATE_DIR") or "state"
-    path = Path(args.config or Path(state_dir).parent / "orchestrator.ini")
+def read_settings(args: argparse.Namespace, environ: Environ,
+                  ) -> tuple[Config, dict[str, str]]:
+    """From flags, environment, ini file, and each source. Raises UsageError."""
+    config, _ = resolve_config(vars(args), environ, {}, "")
+    path = Path(args.config or Path(config.state_dir).parent / "orchestrator.ini")
     ini = configparser.ConfigParser(interpolation=None, default_section="orchestrator")
     try:
         if args.config or path.exists():
@@ -2835,8 +2968,7 @@ def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Confi
     except (ValueError, configparser.Error) as error:
         raise UsageError(f"{path}: {error}", hint="begin with [orchestrator]") from None
     written = {**ini.defaults(), **dict.fromkeys(ini.sections(), "")}
-    config, args.sources = resolve_config(vars(args), environ, written, str(path))
-    return config
+    return resolve_config(vars(args), environ, written, str(path))
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Turn every ending into an exit status; only --help and --version exit."""
@@ -2845,15 +2977,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                if re.fullmatch(r"(ANTHROPIC|CLAUDE_CODE)_\w*(KEY|TOKEN)", name)
                and len(value) >= 8]      # a shorter one is no key; it is in many words
     out, err = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # closed
-    reporter = Reporter(out, err, clock, environ.get("TERM", ""))
+    reporter = Reporter(out, err, clock, environ.get("TERM", ""), sys.stdin)
     try:
         install_signal_handlers()
         args = build_parser().parse_args(argv)
-        config = read_settings(args, environ)
+        config, args.sources = read_settings(args, environ)
         reporter.log_file = config.log_file
         return int(args.act(World(
             args, config, environ | retry_variables(config, environ), clock,
-            Processes(clock, secrets), Terminal(sys.stdin, err), reporter)) or 0)
+            Processes(clock, secrets), reporter)) or 0)
     except OrchestratorError as error:
         if isinstance(error.__cause__, BrokenPipeError):     # `head` has seen enough
             return ExitCode.OK

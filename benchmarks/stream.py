@@ -34,8 +34,8 @@ elif way == "decoder alone":
             decoder.feed(chunk)
     events = decoder.finish().events
 else:
-    transcript = ko.Transcript(target, lambda tool: None, lambda idle_s: None)
-    done = ko.Processes(ko.Clock()).stream(
+    transcript = ko.Transcript(target, ko.StreamDecoder(), lambda idle_s: None)
+    done = ko.Processes(ko.Clock()).run(
         ko.Command(argv=("cat", str(source))), listener=transcript, timeout_s=600)
     events = transcript.finish(done).events
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

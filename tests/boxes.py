@@ -40,8 +40,7 @@ class DockerBox:
         self.program = program
         self.files = program.environ["ORCHESTRATOR_COMPOSE_FILES"]
         self.sandbox = ko.DockerSandbox(
-            ko.Processes(CLOCK), CLOCK, compose_files=self.files,
-            environ=program.environ)
+            ko.Processes(CLOCK), ko.Config(compose_files=self.files), program.environ)
 
     def docker(self, *args: str) -> str:
         return self._run("docker", *args)

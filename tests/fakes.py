@@ -4,7 +4,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,13 +38,17 @@ class FakeClock(ko.Clock):
         self._now += timedelta(seconds=seconds)
 
 
-class FakeTerminal(ko.Terminal):
+class FakeTerminal(ko.Reporter):
     """A person who types these lines, then closes the input; no lines: nobody there."""
 
     def __init__(self, *lines: str) -> None:
         self._lines = list(lines)
         self._is_interactive = bool(lines)
         self.prompts: list[str] = []
+        self.connect(io.StringIO(), FakeClock())
+
+    def connect(self, told: io.StringIO, clock: FakeClock) -> None:
+        super().__init__(told, told, clock)
 
     def is_interactive(self) -> bool:
         return self._is_interactive
@@ -60,11 +64,21 @@ class MemoryLedger(ko.Ledger):
     def __init__(self) -> None:
         self.lines: list[Mapping[str, Any]] = []
 
-    def append(self, entry: Mapping[str, Any]) -> None:
-        self.lines.append(entry)
+    def append(self, state: ko.RunState, at: str, **about: Any) -> None:
+        self.lines.append({"v": 1, "at": at, "milestone": state.milestone,
+                           "run": state.started_at, **about})
+
+    @property
+    def calls(self) -> list[Mapping[str, Any]]:
+        """The agent's calls and the gates' word on them, without waits and such."""
+        return [line for line in self.lines if "cost_usd" in line]
 
     def entries(self) -> Iterator[Mapping[str, Any]]:
         return iter(self.lines)
+
+
+def totals_of(lines: Iterable[Mapping[str, Any]], milestone: str) -> ko.Totals:
+    return ko.counted({}, ({"milestone": milestone}, *lines))
 
 
 class MemoryStore(ko.StateStore):
@@ -335,16 +349,17 @@ class World:
         self.agent = ScriptedAgent(self.sandbox, *outcomes)
         self.ledger = MemoryLedger()
         self.store = store or MemoryStore(self.clock)
+        self.store.ledger = self.ledger
         self.terminal = terminal or FakeTerminal()
         self.config = config or ko.Config()
         self.told = io.StringIO()
         self.notifier = NewsList()
 
     def crew(self) -> ko.Crew:
-        reporter = ko.Reporter(self.told, self.told, self.clock)
-        telemetry = ko.Telemetry({}, reporter.progress)
-        return ko.Crew(self.agent, self.sandbox, self.store, self.ledger,
-                       self.terminal, self.notifier, reporter, telemetry, self.clock,
+        self.terminal.connect(self.told, self.clock)
+        telemetry = ko.Telemetry({}, self.terminal.progress, Path(self.plan.milestone))
+        return ko.Crew(self.agent, self.sandbox, self.store,
+                       self.notifier, self.terminal, telemetry, self.clock,
                        self.config)
 
     def state(self) -> ko.RunState:
@@ -359,6 +374,8 @@ class World:
         state = self.state()
         for task_id in waiting(state) if answer else ():
             state = state.updated(task_id, answer=answer)
+            self.ledger.append(state, ko.stamp(self.clock.now()), task=task_id,
+                               kind="answer")
         return ko.run_milestone(self.crew(), self.plan, state)
 
     def run_one(self, a_task: ko.Task, guidance: str = "") -> ko.RunState:

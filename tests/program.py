@@ -74,6 +74,10 @@ class Program:
         return subprocess.run(["git", *args], cwd=self.workspace(milestone), check=True,
                               capture_output=True, text=True).stdout.strip()
 
+    def ledger(self) -> list[Any]:
+        lines = (self.cwd / "state/ledger.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
     def calls(self) -> list[Any]:
         """What the scripted agent was called with, a call a line."""
         if not self.log.exists():

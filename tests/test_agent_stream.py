@@ -99,11 +99,11 @@ def recorded(name: str) -> Path:
     return next(RECORDINGS.glob(f"{name}.*json*"))
 
 
-def decoded(data: bytes, size: int = 0) -> ko.AgentResult:
+def decoded(data: bytes, size: int = 0, stderr: bytes = b"") -> ko.AgentResult:
     decoder = ko.StreamDecoder()
     for start in range(0, len(data), size or len(data) or 1):
         decoder.feed(data[start:start + (size or len(data))])
-    return decoder.finish()
+    return decoder.finish(stderr)
 
 
 def event(**fields: Any) -> bytes:
@@ -118,7 +118,9 @@ def test_every_recording_has_its_expected_result() -> None:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_recording_gives_the_result_it_is_known_to_hold(name: str) -> None:
     path = recorded(name)
-    result = ko.read_transcript(path, path.read_bytes())
+    stderr = path.with_suffix(".stderr")
+    result = decoded(path.read_bytes(),
+                     stderr=stderr.read_bytes() if stderr.exists() else b"")
     expected = {"has_result": name not in NO_RESULT, "bad_lines": 0, **EXPECTED[name]}
     if name == "sigterm":
         expected["session_id"] = result.session_id

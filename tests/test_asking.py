@@ -64,7 +64,7 @@ class Place:
         began = self.program.state(plan.stem)["started_at"]
         lines = (self.program.cwd / "state/ledger.jsonl").read_text().splitlines()
         return [line for line in map(json.loads, lines)
-                if line["run"] == began and line.get("kind") != "answer"]
+                if line["run"] == began and "kind" not in line]
 
     def is_done(self, answer: str, told: str) -> None:
         """All that must hold when the agent went on with that answer."""

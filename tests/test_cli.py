@@ -96,7 +96,9 @@ def save(cli: Cli, plan: Path, **task: Any) -> ko.StateStore:
 
 
 def ledger(cli: Cli) -> None:
-    cli.file("state/ledger.jsonl", "".join(json.dumps(call) + "\n" for call in CALLS))
+    wait = {"milestone": "n", "run": "r", "at": CALLS[-1]["at"], "kind": "outage_wait"}
+    cli.file("state/ledger.jsonl",       # what is no call is not told
+             "".join(json.dumps(line) + "\n" for line in (*CALLS, wait)))
 
 
 # What is wrong is said in two lines, with what to do, and exit status 2.
@@ -192,8 +194,9 @@ def test_check_plan_prints_the_documented_object(cli: Cli) -> None:
         "text": PLAN[10:PLAN.index("\n\n## Task 1.2")], "type": "", "files": [],
         "criteria": ["it is there"], "gates": [], "marked": False, "timeout_s": None,
         "model": ""}
-    assert report["e2e"].keys() == report["tasks"][0].keys()
-    assert (report["e2e"]["id"], report["e2e"]["title"]) == ("e2e", "E2E Test")
+    e2e = report["e2e"]
+    assert e2e.keys() == report["tasks"][0].keys() | {"heading"}
+    assert (e2e["id"], e2e["heading"], e2e["title"]) == ("e2e", "E2E Test", "E2E Test")
     assert report["errors"] == []
 
 
@@ -225,12 +228,12 @@ def test_history_has_a_row_for_each_start_from_nothing(cli: Cli) -> None:
     ledger(cli)
     first, second, third = CALLS
     assert cli.json("history") == [
-        {"run": f"m {first['run']}", "calls": 2, "cost_usd": 0.3, "milestone": "m",
-         "started_at": first["run"], "last_call_at": second["at"], "last_task": "1.1",
-         "last_status": "completed"},
-        {"run": f"n {third['run']}", "calls": 1, "cost_usd": 0.4, "milestone": "n",
-         "started_at": third["run"], "last_call_at": third["at"], "last_task": "9",
-         "last_status": "interrupted"}]
+        {"milestone": "m", "started_at": first["run"], "calls": 2, "cost_usd": 0.3,
+         "last_call_at": second["at"], "last_task": "1.1", "last_status": "completed"},
+        {"milestone": "n", "started_at": third["run"], "calls": 1, "cost_usd": 0.4,
+         "last_call_at": third["at"], "last_task": "9", "last_status": "interrupted"}]
+    assert [row["milestone"] for row in cli.json(
+        "history", "--since", third["at"][:10])] == ["n"]
 
 
 @pytest.mark.parametrize(("by", "sums"), [

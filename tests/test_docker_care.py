@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from boxes import KEY, AgentBox, agent_box, wait_until
 from conftest import TEST_PLANS
-from receiver import SpanReceiver
+from receiver import OtlpReceiver
 
 pytestmark = [pytest.mark.docker]
 HELLO = TEST_PLANS / "hello_world.md"
@@ -211,9 +211,9 @@ def test_finished_work_outlives_a_reset_and_is_fetched_into_a_branch_of_its_own(
 # Keys.
 
 @pytest.fixture
-def receiver(box: AgentBox) -> Iterator[SpanReceiver]:
+def receiver(box: AgentBox) -> Iterator[OtlpReceiver]:
     """Gets the spans of what the box runs meanwhile."""
-    with SpanReceiver() as server:
+    with OtlpReceiver() as server:
         box.program.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = server.url
         yield server
         del box.program.environ["OTEL_EXPORTER_OTLP_ENDPOINT"]
@@ -237,7 +237,7 @@ def host_files(box: AgentBox) -> bytes:
 
 
 def test_no_byte_of_the_key_is_to_be_seen_during_a_run_and_after_it(
-    box: AgentBox, tmp_path: Path, receiver: SpanReceiver,
+    box: AgentBox, tmp_path: Path, receiver: OtlpReceiver,
 ) -> None:
     started = box.hanging_run(tmp_path)
     ps = ["ps", "-eww", "-o", "args="]
@@ -257,7 +257,7 @@ def test_no_byte_of_the_key_is_to_be_seen_during_a_run_and_after_it(
 
 @pytest.mark.slow
 def test_a_key_that_the_agent_tells_is_redacted_wherever_we_write(
-    box: AgentBox, tmp_path: Path, receiver: SpanReceiver,
+    box: AgentBox, tmp_path: Path, receiver: OtlpReceiver,
 ) -> None:
     asks = [{"bash": f"echo {KEY} >&2; echo {KEY} | tee s"},
             {"say": f"STATUS: needs_human\nQUESTION: is {KEY} yours?"}]

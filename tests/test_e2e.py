@@ -16,6 +16,7 @@ from fakes import (
     asks,
     completed,
     failed,
+    logged_out,
     overloaded,
     plan,
     reported,
@@ -92,7 +93,7 @@ def test_a_scenario_of_gates_alone_takes_no_call_when_they_pass() -> None:
         1,
         1,
     )
-    assert [(e["task"], e.get("kind"), e["status"]) for e in a.ledger.lines] == [
+    assert [(e["task"], e.get("kind"), e["status"]) for e in a.ledger.calls] == [
         ("1.1", None, "completed"),
         ("e2e", "gate", "completed"),
     ]
@@ -200,6 +201,14 @@ def test_a_fix_that_breaks_a_tasks_gate_is_taken_back_and_the_next_one_is_told()
     ]
     assert "E2E fix 1 was taken back: gate `unit`: exit 1" in a.agent.calls[3].prompt
     assert a.sandbox.work == {"work 1", "work 4"} and code(a) is ko.ExitCode.OK
+    assert ko.status_json(state, a.plan, False)["status"] == "completed"
+
+
+def test_a_fix_that_was_taken_back_leaves_the_milestone_open() -> None:
+    a = world(broken("no"), failed(), broken("other words here"), Crash())
+    with pytest.raises(Crash):
+        a.run()
+    assert ko.status_json(a.state(), a.plan, False)["status"] == "interrupted"
 
 
 def test_fixes_are_limited() -> None:
@@ -260,6 +269,14 @@ def test_a_persons_other_words_guide_a_fix() -> None:
     assert (
         "Fix: start Xvfb first" in a.agent.calls[2].prompt and len(a.agent.calls) == 4
     )
+
+
+def test_an_outage_that_a_person_cured_leads_to_another_run_not_to_a_fix() -> None:
+    a = world(broken("it hung"), logged_out(), PASSED, e2e_retries=1)
+    a.run()
+    assert waiting(a.state()) == ["e2e"]
+    assert a.run(answer=ko.CURED).record("e2e").reason == "flaky: failed 1 of 2 runs"
+    assert len(a.agent.calls) == 4 and not a.state().fixes
 
 
 def test_a_person_at_the_terminal_sees_the_fix_and_agrees_to_it() -> None:

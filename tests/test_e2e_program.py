@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from boxes import make_repository
 from conftest import TEST_PLANS, missing
+from fakes import totals_of
 from program import LOCAL, Program, Screen
 
 pytestmark = pytest.mark.contract
@@ -114,10 +115,12 @@ def was_fixed(program: Program) -> None:
         "1 file changed, 1 insertion(+), 1 deletion(-)")
     fixes = [r["status"] for i, r in records.items() if i.startswith("e2e-fix-")]
     assert fixes.count("completed") == 1 and len(fixes) <= 5
-    lines = (json.loads(line) for line in (
-        program.cwd / "state/ledger.jsonl").read_text().splitlines())
-    calls = [(x["task"], x.get("attempt"), x.get("kind")) for x in lines]
+    calls = [(x["task"], x["attempt"], x.get("kind")) for x in program.ledger()
+             if "cost_usd" in x and x.get("kind") != "gate"]
     assert len(calls) == len(set(calls))
+    totals = totals_of(program.ledger(), FIXABLE)    # a kill may repeat a gate's line
+    assert sum(totals["tasks_total", FIXABLE, "completed"].values()) == len(tasks) - 1
+    assert sum(totals["e2e_fix_attempts_total", FIXABLE, "true"].values()) == 1
     for record in records.values():
         numbers = [attempt["number"] for attempt in record["attempts"]]
         assert numbers == sorted(set(numbers)) and len(numbers) <= record["started"]

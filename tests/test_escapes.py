@@ -239,8 +239,8 @@ def test_what_fills_the_process_table_or_fights_the_sweep_is_held_and_ended(
 ) -> None:
     mark = f"zoo-{secrets.token_hex(6)}"
     argv = ["python3", "-S", "-c", ZOO, kind, str(time.time() + 60), mark]
-    ko.Processes(ko.Clock()).stream(box.sandbox.command(argv), listener=Ready(99),
-                                    timeout_s=2)
+    ko.Processes(ko.Clock()).run(box.sandbox.command(argv), listener=Ready(99),
+                                 timeout_s=2)
     alive = [line for line in box.running() if mark in line]
     assert 0 < len(alive) <= int(LIMITS["SANDBOX_PIDS"])
     begun = time.monotonic()

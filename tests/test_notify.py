@@ -26,7 +26,7 @@ class NewsReceiver(Receiver):
         self.posts: list[Any] = []
         self.status, self.seen = 204, ""
 
-    def take(self, headers: Message, body: bytes) -> int:
+    def take(self, path: str, headers: Message, body: bytes) -> int:
         assert headers["Content-Type"] == "application/json"
         self.posts.append(json.loads(body))
         self.seen += subprocess.run(["ps", "-eww", "-o", "args="], check=True,

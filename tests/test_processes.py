@@ -21,8 +21,8 @@ def run(script: str, *, stdin: bytes = b"", timeout_s: float = 20, **deadlines: 
         ) -> tuple[ko.ProcessResult, ko.Listener]:
     ears = ko.Listener(10_000_000)
     command = ko.Command(argv=("sh", "-c", script), stdin=stdin)
-    done = ko.Processes(CLOCK).stream(command, listener=ears, timeout_s=timeout_s,
-                                      **deadlines)
+    done = ko.Processes(CLOCK).run(command, listener=ears, timeout_s=timeout_s,
+                                   **deadlines)
     return done, ears
 
 
@@ -76,7 +76,7 @@ def test_what_answers_the_interrupt_is_still_heard() -> None:
               "def end(*_): os.write(1, b'costs'); os._exit(3)\n"
               "signal.signal(signal.SIGINT, end); os.write(1, b'x'); time.sleep(60)")
     ears, argv = ko.Listener(100), (sys.executable, "-S", "-c", answer)
-    done = ko.Processes(CLOCK).stream(ko.Command(argv=argv), listener=ears, timeout_s=1)
+    done = ko.Processes(CLOCK).run(ko.Command(argv=argv), listener=ears, timeout_s=1)
     assert (done.ended, done.exit_code) == (ko.Ended.TIMEOUT, 3)
     assert ears.out == b"xcosts"
 
@@ -103,8 +103,8 @@ def test_the_group_of_a_finished_command_is_ended() -> None:
 SANDBOX = """
 import os, pathlib, sys, ktrdr_orchestrator as ko
 clock = ko.Clock()
-sandbox = ko.LocalSandbox(ko.Processes(clock), clock, folder=pathlib.Path(sys.argv[1]),
-                          repo=pathlib.Path(sys.argv[2]), environ=os.environ)
+sandbox = ko.LocalSandbox(ko.Processes(clock), ko.Config(repo=sys.argv[2]), os.environ,
+                          pathlib.Path(sys.argv[1]))
 sandbox.open()
 """
 

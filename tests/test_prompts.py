@@ -16,8 +16,10 @@ RECORD = ko.TaskRecord(started=2, attempts=(
     ko.Attempt(1, "", 1, "exit", "failed", "gate", "E-4711 broke", "s", 1, 0.1),))
 
 
-def prompt(record: ko.TaskRecord = RECORD, guidance: str = "") -> str:
-    return ko.task_prompt(PLAN, TASK, record, max_attempts=3, guidance=guidance)
+def prompt(record: ko.TaskRecord = RECORD, guidance: str = "",
+           is_resumed: bool = False) -> str:
+    return ko.task_prompt(PLAN, TASK, record, max_attempts=3, guidance=guidance,
+                          is_resumed=is_resumed)
 
 
 def test_the_first_line_names_task_milestone_and_attempt() -> None:
@@ -43,7 +45,8 @@ def test_guidance_and_an_earlier_answer_are_passed_on() -> None:
 
 
 def test_the_answer_and_the_scenario_name_their_milestone_in_the_first_line() -> None:
-    answer = ko.resumed_prompt(prompt().splitlines()[0], "SQLite")
+    record = dataclasses.replace(RECORD, answer="SQLite")
+    answer = prompt(record, is_resumed=True)
     assert answer.startswith("Answer: Task 1.2 of milestone m1: Add the command")
     assert "SQLite" in answer
     scenario = ko.Task(ko.E2E_ID, "E2E Test", 1, 2, "## E2E Test\n\nRun it.")

@@ -72,7 +72,8 @@ def test_a_run_is_told_with_the_numbers_of_the_ledger() -> None:
     world.run()
     page = page_of(world)
     assert "m: completed, $0.75" in page.text and "E-4711" in page.text
-    assert page.tags.count("rect") == 3 == page.text.count("1:00 $0.25")
+    assert page.text.count("1:00, 30 tokens, $0.25") == 3
+    assert page.tags.count("rect") == 5      # with the sandbox's start and the end
     assert page.text.count("  input: 10\n  output: 20\n") == 3
     assert "next: ktrdr-orchestrator fetch m.md" in page.text
     assert page.tags.count("h1") == 1 and not page.open[1:]
@@ -112,7 +113,8 @@ def test_fixes_flakiness_and_weakened_tests_are_told() -> None:
     for words in (
         "e2e-fix-1",
         "flaky: failed 1 of 2 runs",
-        "Weakened tests: 1test file tests/test_a.py is gone",
+        "Tests say less now",
+        "test file tests/test_a.py is gone",
         "it hung",
         "wait",
     ):
@@ -138,7 +140,7 @@ def test_hostile_text_is_inert_wherever_it_stands(put: str) -> None:
     world.run()
     state = replace(saved(world), findings=(text("finding"),))
     lines = [{**line, "status": text("status")} for line in world.ledger.lines]
-    said = {line["transcript"]: text("said") for line in lines}
+    said = {line.get("transcript", "-"): text("said") for line in lines}
     told = ko.report_page(state, a_plan, False, lines, said)
     page = Page(told)
     assert not {"script", "img", "a", "link", "iframe"} & set(page.tags)

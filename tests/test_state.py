@@ -127,16 +127,16 @@ def test_a_full_disk_is_an_error_and_the_state_before_is_kept(tmp_path: Path) ->
         here = store(disk)
         saved = here.save(STATE)
         ledger = ko.Ledger(disk / "ledger.jsonl")
-        ledger.append({"n": 1})
+        ledger.append(STATE, "", n=1)
         (disk / "filler").write_bytes(b"x" * 40_000)
         big = STATE.updated("1.9", reason="y" * 200_000)
         with pytest.raises(ko.StateError, match="No space left"):
             here.save(big)
         assert store(disk).load() == saved
         with pytest.raises(ko.StateError, match="No space left"):
-            ledger.append({"text": "z" * 200_000})
+            ledger.append(STATE, "", text="z" * 200_000)
         (disk / "filler").unlink()
-        ledger.append({"n": 2})
+        ledger.append(STATE, "", n=2)
         assert [e.get("n") for e in ledger.entries()] == [1, 2]
         assert here.save(STATE) and store(disk).load()
     finally:
@@ -145,10 +145,10 @@ def test_a_full_disk_is_an_error_and_the_state_before_is_kept(tmp_path: Path) ->
 
 def test_a_torn_last_line_of_the_ledger_costs_that_line_only(tmp_path: Path) -> None:
     ledger = ko.Ledger(tmp_path / "ledger.jsonl")
-    ledger.append({"n": 1})
+    ledger.append(STATE, "", n=1)
     with (tmp_path / "ledger.jsonl").open("ab") as file:
         file.write(b'{"n": 2, "mi')
-    ledger.append({"n": 3})
+    ledger.append(STATE, "", n=3)
     assert [entry["n"] for entry in ledger.entries()] == [1, 3]
 
 
@@ -160,7 +160,8 @@ def test_a_missing_ledger_has_no_entries(tmp_path: Path) -> None:
 def test_fifty_writers_lose_no_line_of_the_ledger(tmp_path: Path) -> None:
     code = ("import sys, pathlib, ktrdr_orchestrator as ko\n"
             "ledger = ko.Ledger(pathlib.Path(sys.argv[1]))\n"
-            "for n in range(20): ledger.append({'who': sys.argv[2], 'n': n})")
+            "state = ko.RunState('m', '', '', '', '', '')\n"
+            "for n in range(20): ledger.append(state, '', who=sys.argv[2], n=n)")
     writers = [python(code, str(tmp_path / "l.jsonl"), str(n)) for n in range(10)]
     assert all(writer.wait(60) == 0 for writer in writers)
     entries = list(ko.Ledger(tmp_path / "l.jsonl").entries())
@@ -168,17 +169,16 @@ def test_fifty_writers_lose_no_line_of_the_ledger(tmp_path: Path) -> None:
 
 
 def test_a_lock_is_held_until_it_is_let_go(tmp_path: Path) -> None:
-    lock = ko.RunLock(tmp_path / "m1.lock", FakeClock())
-    with lock:
-        owner = json.loads((tmp_path / "m1.lock").read_text())
-        assert owner == lock.owner() == {
+    path = tmp_path / "m1.lock"
+    with ko.run_lock(path, FakeClock()):
+        assert json.loads(path.read_text()) == ko.lock_owner(path) == {
             "pid": os.getpid(), "host": os.uname().nodename,
             "start": "2030-01-01T00:00:00.000+00:00"}
         with pytest.raises(ko.LockHeldError, match=f"PID {os.getpid()} on "), \
-                ko.RunLock(tmp_path / "m1.lock", FakeClock()):
+                ko.run_lock(path, FakeClock()):
             pass
-        assert lock.owner()
-    assert not lock.owner() and (tmp_path / "m1.lock").read_text() == ""
+        assert ko.lock_owner(path)
+    assert not ko.lock_owner(path) and path.read_text() == ""
 
 
 @pytest.mark.parametrize("content", [
@@ -187,16 +187,16 @@ def test_a_lock_is_held_until_it_is_let_go(tmp_path: Path) -> None:
 def test_a_lock_file_that_nobody_holds_is_free_whatever_it_says(
     tmp_path: Path, content: str,
 ) -> None:
-    (tmp_path / "m1.lock").write_text(content)
-    lock = ko.RunLock(tmp_path / "m1.lock", FakeClock())
-    with lock:
-        assert (lock.owner() or {})["pid"] == os.getpid()
+    path = tmp_path / "m1.lock"
+    path.write_text(content)
+    with ko.run_lock(path, FakeClock()):
+        assert (ko.lock_owner(path) or {})["pid"] == os.getpid()
 
 
 def test_a_dead_owner_is_none(tmp_path: Path) -> None:
     path = tmp_path / "m1.lock"
     path.write_text(json.dumps({"pid": 2 ** 22 + 1, "host": os.uname().nodename}))
-    assert ko.RunLock(path, FakeClock()).owner() is None
+    assert ko.lock_owner(path) is None
 
 
 CONTENDER = """
@@ -204,7 +204,7 @@ import pathlib, sys, time, ktrdr_orchestrator as ko
 path, log = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 for line in sys.stdin:
     try:
-        with ko.RunLock(path, ko.Clock()):
+        with ko.run_lock(path, ko.Clock()):
             with log.open("a") as file: file.write("in\\n")
             time.sleep(0.01)
             with log.open("a") as file: file.write("out\\n")

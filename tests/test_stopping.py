@@ -28,15 +28,12 @@ GONE_WITHIN_S = 1.0
 DRIVER = """
 import os, pathlib, sys, ktrdr_orchestrator as ko
 kind, where, repository, *argv = sys.argv[1:]
-clock = ko.Clock()
-processes = ko.Processes(clock)
-sandbox = ko.DockerSandbox(processes, clock, compose_files=where, environ=os.environ) \\
+processes = ko.Processes(ko.Clock())
+sandbox = ko.DockerSandbox(processes, ko.Config(compose_files=where), os.environ) \\
     if kind == "docker" else ko.LocalSandbox(
-    processes, clock, folder=pathlib.Path(where), repo=pathlib.Path(repository),
-    environ=os.environ)
+    processes, ko.Config(repo=repository), os.environ, pathlib.Path(where))
 sandbox.open()
-processes.stream(sandbox.agent_command(argv, b""), listener=ko.Listener(99),
-                 timeout_s=60)
+processes.run(sandbox.command(argv, b""), listener=ko.Listener(99), timeout_s=60)
 """
 
 
@@ -103,9 +100,8 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         return
     # its sweep takes every child of this process for the agent's
     assert not Path("/proc/thread-self/children").read_text(), "a child of another test"
-    clock = ko.Clock()
-    local = ko.LocalSandbox(ko.Processes(clock), clock, folder=repository / "state/w",
-                            repo=repository, environ=os.environ)
+    local = ko.LocalSandbox(ko.Processes(ko.Clock()), ko.Config(repo=str(repository)),
+                            os.environ, repository / "state/w")
     local.open()
     yield Place("local", local, lambda: [*command_lines().values()], {**os.environ},
                 ("local", str(repository / "state/driver"), str(repository)))
@@ -138,8 +134,8 @@ def test_whatever_an_agent_starts_is_gone_after_the_sweep(
     place: Place, mark: str, kind: str,
 ) -> None:
     heard = Ready(lambda: place.alive(mark))
-    done = place.processes.stream(place.sandbox.command(zoo(kind, mark)),
-                                  listener=heard, timeout_s=20)
+    done = place.processes.run(place.sandbox.command(zoo(kind, mark)),
+                               listener=heard, timeout_s=20)
     assert done.interrupted and heard.seen, heard.err
     assert len(heard.seen) > 1 or place.hops(mark)
     swept(place)
@@ -154,8 +150,8 @@ def test_all_of_them_at_once_are_gone_after_an_interrupted_agent(
     script = f"for kind in {' '.join(KINDS)}; do {shlex.join(argv)} & done; wait"
     script = script.replace("'$kind'", "$kind")
     heard = Ready(lambda: place.alive(mark), times=len(KINDS))
-    agent = place.sandbox.agent_command(["sh", "-c", script], b"")
-    done = place.processes.stream(agent, listener=heard, timeout_s=30)
+    agent = place.sandbox.command(["sh", "-c", script], b"")
+    done = place.processes.run(agent, listener=heard, timeout_s=30)
     assert done.interrupted and len(heard.seen) > 2 * len(KINDS), heard.err
     swept(place)
     assert place.alive(mark) == []
@@ -170,7 +166,7 @@ def test_an_agent_that_is_out_of_time_says_its_last_words_and_leaves_nothing(
               "subprocess.Popen(['setsid', 'sleep', '60'])\n"
               "print('begun', flush=True); time.sleep(60)")
     heard = ko.Listener(1000)
-    done = place.processes.stream(place.sandbox.agent_command(
+    done = place.processes.run(place.sandbox.command(
         ["python3", "-c", script, mark], b""), listener=heard, timeout_s=2)
     assert done.ended is ko.Ended.TIMEOUT and b"costs 1" in heard.err
     assert done.duration_s < 2 + ko.KILL_GRACE_S
@@ -192,9 +188,9 @@ def test_a_killed_orchestrator_leaves_nothing_of_its_agent(
     until = time.monotonic() + 20
     # the driver has the mark in its command line, so has its docker client
     mine = 2 if place.kind == "local" else 1
-    while len(place.alive(mark)) <= mine and time.monotonic() < until:
+    while len(seen := place.alive(mark)) <= mine and time.monotonic() < until:
         time.sleep(0.1)
-    assert len(place.alive(mark)) > mine
+    assert len(seen) > mine
     time.sleep(0.3)
     driver.kill()
     driver.wait()
@@ -301,8 +297,8 @@ def test_an_output_of_megabytes_arrives_byte_for_byte(place: Place) -> None:
 def test_a_prompt_arrives_byte_for_byte(place: Place) -> None:
     prompt = bytes(range(256)) * 4096 + "Grüße \r\n\0".encode()
     heard = ko.Listener(2 << 20)
-    done = place.processes.stream(place.sandbox.agent_command(["cat"], prompt),
-                                  listener=heard, timeout_s=20)
+    done = place.processes.run(place.sandbox.command(["cat"], prompt),
+                               listener=heard, timeout_s=20)
     assert (done.exit_code, bytes(heard.out)) == (0, prompt)
 
 

@@ -53,7 +53,7 @@ def test_a_lost_sandbox_costs_no_attempt_and_its_cost_is_kept() -> None:
     world = World(plan(), lost(), completed())
     assert world.run().record("1.1").status is Status.COMPLETED
     assert (world.record().started, world.state().cost_usd) == (1, 0.5)
-    assert [line["status"] for line in world.ledger.lines] == [
+    assert [line["status"] for line in world.ledger.calls] == [
         "interrupted", "completed"]
     assert rejected(world) == {"1.1-0": frozenset({"work 1"})}
 
@@ -106,9 +106,9 @@ def test_a_gate_that_fails_makes_failed_of_completed_in_the_ledger_too() -> None
     assert [(a.status, a.rule) for a in record.attempts] == [
         ("failed", "gate"), ("completed", "structured")]
     assert [(e.get("kind", "call"), e["status"], e["cost_usd"], e["attempt"])
-            for e in world.ledger.lines] == [
+            for e in world.ledger.calls] == [
         ("call", "completed", 0.25, 1), ("gate", "failed", 0.0, 1),
-        ("call", "completed", 0.25, 2)]
+        ("call", "completed", 0.25, 2), ("gate", "completed", 0.0, 2)]
     assert "gate says no" in world.agent.calls[1].prompt
 
 
@@ -143,6 +143,18 @@ def test_a_persons_ctrl_c_is_not_charged_and_its_work_is_kept() -> None:
     assert rejected(world) == {"1.1-1": {"work 1"}, "1.1-1_": {"work 2"},
                                "1.1-1__": {"work 3"}}
     assert world.state().cost_usd == 1.0
+
+
+def test_an_answers_session_that_was_interrupted_by_hand_is_gone_on_with() -> None:
+    world = World(plan(), asks(), ctrl_c(), lost(), completed())
+    world.run()
+    with pytest.raises(ko.Interrupted):
+        world.run(answer="red")
+    world.run()                          # meanwhile the sandbox is lost, and back
+    _, *answered = world.agent.calls
+    assert [call.session_id for call in answered] == ["s-1"] * 3
+    assert all("red" in call.prompt for call in answered)
+    assert world.record().status is ko.TaskStatus.COMPLETED
 
 
 def test_ctrl_c_while_waiting_leaves_the_wait_and_the_count() -> None:
@@ -201,7 +213,7 @@ def test_an_outage_is_waited_out_and_the_session_goes_on_with_its_work() -> None
     first, *others = (call.prompt.splitlines() for call in world.agent.calls)
     assert all(lines[0] == first[0] and "Go on" in lines[-1] for lines in others)
     assert world.sandbox.commits["c1"] == {"work 1", "work 2", "work 3"}
-    assert [e["status"] for e in world.ledger.lines] == ["outage"] * 2 + ["completed"]
+    assert [e["status"] for e in world.ledger.calls] == ["outage"] * 2 + ["completed"]
 
 
 def test_a_wait_that_was_killed_is_honoured_by_the_next_start() -> None:
@@ -224,10 +236,18 @@ def test_a_reset_too_far_off_ends_the_run_now() -> None:
         world.run()
     wait = world.state().wait
     left_s = 86400 + ko.LIMIT_MARGIN_S
-    assert wait and ko.left_to_wait_s(wait, world.clock.now()) == left_s
+    assert wait and ko.seconds_to(wait.until, world.clock.now()) == left_s
     assert (len(world.agent.calls), world.record().started) == (1, 0)
     world.clock.sleep(left_s)
     assert world.run().record("1.1").status is Status.COMPLETED
+
+
+@pytest.mark.parametrize("away", [
+    overloaded(), api_error("usage limit reached", api_error_status=429)])
+def test_the_limit_on_waits_is_for_resets_alone(away: ko.AgentResult) -> None:
+    world = World(plan(), away, completed(), config=ko.Config(limit_wait_s=9))
+    world.run()
+    assert world.clock.slept == [30]
 
 
 def test_an_answer_ends_a_row_of_outages() -> None:
@@ -470,7 +490,7 @@ class Witness:
         number = len(self.world.agent.calls) + 1
         self.work[running[0], record.started] = f"work {number}"
         assert record.started not in [0, *(a.number for a in record.attempts)]
-        assert sum(e["cost_usd"] for e in self.world.ledger.lines) < MONEY_USD
+        assert sum(e["cost_usd"] for e in self.world.ledger.calls) < MONEY_USD
         if not call.session_id:
             assert self.world.sandbox.head == saved.head
             assert not self.world.sandbox.dirty

@@ -64,7 +64,7 @@ def test_prose_is_read_by_the_interpreter_and_its_cost_is_counted() -> None:
     reader = world.agent.calls[1]
     assert (reader.model, reader.is_reader) == ("haiku", True)
     assert "Shall I go on?" in reader.prompt and state.cost_usd == 0.5
-    assert [(e.get("kind"), e["cost_usd"]) for e in world.ledger.lines] == [
+    assert [(e.get("kind"), e["cost_usd"]) for e in world.ledger.calls] == [
         (None, 0.25),
         ("interpreter", 0.25),
     ]
@@ -120,9 +120,10 @@ def test_the_ledger_tells_what_was_asked_answered_and_how_long_it_took() -> None
 def test_an_answer_hours_later_counts_the_hours() -> None:
     clock, ledger = FakeClock(), MemoryLedger()
     store = MemoryStore(clock)
+    store.ledger = ledger
     state = replace(new_state(plan(), clock), updated_at=ko.stamp(clock.now()))
     clock.sleep(7200)
-    after = ko.answered(state, "1.1", "use SQLite", store, ledger, clock)
+    after = ko.answered(state, "1.1", "use SQLite", store)
     assert after.record("1.1").answer == "use SQLite" and store.saved == [after]
     assert ledger.lines[0]["waited_s"] == 7200
 
