@@ -76,6 +76,7 @@ def test_the_branch_is_fetched_into_the_host_repository(box: AgentBox) -> None:
     assert "Hello" in shown.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_run_takes_its_agent_in_the_sandbox_along(
     box: AgentBox, tmp_path: Path,
 ) -> None:

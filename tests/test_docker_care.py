@@ -78,6 +78,7 @@ def test_the_lock_of_a_killed_run_is_free_at_once(
 
 # What is left when it ends.
 
+@pytest.mark.slow
 def test_ctrl_c_ends_every_agent_process_and_leaves_a_state_to_resume(
     box: AgentBox, tmp_path: Path,
 ) -> None:
@@ -236,6 +237,7 @@ def host_files(box: AgentBox) -> bytes:
     return b"".join(str(path).encode() + path.read_bytes() for path in files)
 
 
+@pytest.mark.slow
 def test_no_byte_of_the_key_is_to_be_seen_during_a_run_and_after_it(
     box: AgentBox, tmp_path: Path, receiver: OtlpReceiver,
 ) -> None:

@@ -345,6 +345,7 @@ def test_a_gate_that_fails_once_is_told_as_flaky(program: Program) -> None:
 # Fixes and their limits.
 
 
+@pytest.mark.slow
 def test_a_fix_that_breaks_a_tasks_gate_is_taken_back_and_the_next_one_kept(
     program: Program,
 ) -> None:

@@ -155,6 +155,7 @@ def test_a_damaged_repository_is_told_by_save_and_harms_no_mirror(
     assert told["clean"] is True and told["saved"] is False and told["why"]
 
 
+@pytest.mark.slow
 def test_a_repair_keeps_the_files_and_knows_the_milestone(clean: Box) -> None:
     clean.inside("""
 cd /workspace; git checkout -q -b work; echo 1 >one; git add one; git commit -qm One.1
