@@ -52,7 +52,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -342,6 +342,9 @@ class TaskRecord:
     reason: str = ""
     checkpoint: str = ""         # the commit after the task
     session_id: str = ""         # to go on in, after an outage or a question
+    @property
+    def is_answered(self) -> bool:       # what was asked in that session
+        return self.session_id in [a.session_id for a in self.attempts if self.answer]
 
 @dataclass(frozen=True, slots=True)
 class Wait:
@@ -614,7 +617,7 @@ def task_prompt(plan: Plan, task: Task, record: TaskRecord, *, max_attempts: int
     first_line = (f"Task {task.id} of milestone {plan.milestone}: {task.title} "
                   f"(attempt {record.started} of {max_attempts})")
     if is_resumed:
-        answer = f"{record.answer}\n\n{guidance}".strip() if record.answer else ""
+        answer = f"{record.answer}\n\n{guidance}".strip() if record.is_answered else ""
         news = answer and f"A person answered your question:\n\n{answer}\n\n"
         return _prompt(f"{'Answer: ' if answer else ''}{first_line}",
                        f"{news}Go on with the task and end with your report as before.")
@@ -1680,8 +1683,8 @@ def counted(totals: Totals, lines: Iterable[Mapping[str, Any]]) -> Totals:
     """The totals with a number for each of these lines, too: of nothing else, so that
     they go on over runs and crashes, and the next post heals a lost one."""
     for line in lines:           # one that a crash had written twice counts once
-        of, kind, task, run, status, *_ = which = tuple(str(line.get(key, "")) for key
-            in ("milestone", "kind", "task", "run", "status", "at", "attempt"))
+        of, kind, task, run, status, rule, *_ = which = tuple(str(line.get(k, "")) for k
+            in ("milestone", "kind", "task", "run", "status", "rule", "at", "attempt"))
         if ("waiting", of, "api") not in totals:
             totals.update(((name, of, value), {}) for name, (*_, values)
                           in METRICS.items() for value in values)
@@ -1708,7 +1711,7 @@ def counted(totals: Totals, lines: Iterable[Mapping[str, Any]]) -> Totals:
         if kind in ("sandbox_reset", "end"):
             totals["running", of, ""] = {of: kind == "sandbox_reset"}
         else:
-            totals["waiting", of, "api"] = {of: line.get("rule") in ("retry", "limit")}
+            totals["waiting", of, "api"] = {of: not kind and rule in ("retry", "limit")}
     return totals
 
 def metrics_data(found: Totals, resource: Any, start_ns: int, now_ns: int) -> Any:
@@ -1750,7 +1753,7 @@ def endpoints(environ: Environ) -> tuple[str, ...]:
     """Where traces and metrics go by the standard variables; '': nowhere."""
     get, is_off = environ.get, environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     url, signals = get("OTEL_EXPORTER_OTLP_ENDPOINT", ""), ("TRACES", "METRICS")
-    return tuple("" if is_off or get(f"OTEL_{name}_EXPORTER", "otlp") != "otlp" else
+    return tuple("" if is_off or (get(f"OTEL_{name}_EXPORTER") or "otlp") != "otlp" else
                  get(f"OTEL_EXPORTER_OTLP_{name}_ENDPOINT") or url for name in signals)
 
 class Telemetry:
@@ -1776,19 +1779,16 @@ class Telemetry:
 
     def _start(self, traces_url: str, metrics_url: str) -> None:
         import logging
-
+        logger = logging.getLogger("opentelemetry")      # the user would see tracebacks
+        logger.handlers, logger.propagate = [logging.StreamHandler(self._told)], False
         from opentelemetry.exporter.otlp.proto.http import metric_exporter as metrics
         from opentelemetry.exporter.otlp.proto.http import trace_exporter as traces
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider, export
-        logger = logging.getLogger("opentelemetry")      # the user would see tracebacks
-        logger.handlers, logger.propagate = [logging.StreamHandler(self._told)], False
-        state_dir = self._dir.parent
         with contextlib.suppress(FileExistsError):   # two first runs, one identity
-            (state_dir / "telemetry.id").symlink_to(str(time.time_ns()))
-        identity = os.readlink(state_dir / "telemetry.id")
-        ours = Resource({"service.name": PROGRAM, "service.version": __version__,
-                         "service.instance.id": identity})
+            self._dir.with_name("telemetry.id").symlink_to(str(time.time_ns()))
+        identity = os.readlink(self._dir.with_name("telemetry.id"))
+        ours = Resource({"service.name": PROGRAM, "service.instance.id": identity})
         resource = ours.merge(OTELResourceDetector().detect())    # the user's wins
         if traces_url:
             self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
@@ -1796,24 +1796,24 @@ class Telemetry:
                 traces.OTLPSpanExporter(timeout=TELEMETRY_CLOSE_S)))
         if metrics_url:
             exporter = metrics.OTLPMetricExporter(timeout=TELEMETRY_CLOSE_S)
-            ledger = (state_dir / "ledger.jsonl").open("a+b")
+            ledger = self._dir.with_name("ledger.jsonl").open("a+b")
             self._send(self._push, ledger, lambda totals, now_ns: exporter.export(
                 metrics_data(totals, resource, int(identity), now_ns)))
 
     def _push(self, ledger: Any, post: Callable[[Totals, int], object]) -> None:
         """Post the totals: those at the start, then at each change and at the end; ours
-        with what they replace, so that no growth falls between two days."""
-        size, wait_s, is_over, of = ledger.tell(), 0.0, False, self._dir.name
+        with what they replace, as of the last look, so that totals never fall."""
+        size, wait_s, is_over, now_ns = ledger.tell(), 0.0, False, time.time_ns()
         ledger.seek(0)
         *lines, rest = ledger.read(size).split(b"\n")
-        totals = counted({}, ({"milestone": of}, *json_objects(lines)))
+        found = counted({}, ({"milestone": self._dir.name}, *json_objects(lines)))
         while not is_over:
-            is_over, added = self._over.wait(wait_s), ledger.read()
-            if added or is_over or not wait_s:
-                now_ns, wait_s = time.time_ns(), LEDGER_POLL_S
-                post({k: n for k, n in totals.items() if k[1] == of}, now_ns - 10 ** 6)
+            is_over, was_ns, now_ns = self._over.wait(wait_s), now_ns, time.time_ns()
+            if (added := ledger.read()) or is_over or not wait_s:
+                wait_s = LEDGER_POLL_S
+                post({k: n for k, n in found.items() if k[1] == self._dir.name}, was_ns)
                 *lines, rest = (rest + added).split(b"\n")
-                post(counted(totals, json_objects(lines)), now_ns)
+                post(counted(found, json_objects(lines)), now_ns)
 
     @contextlib.contextmanager
     def span(self, name: str, **about: str) -> Iterator[Callable[..., None]]:
@@ -1838,19 +1838,19 @@ class Telemetry:
 
     def _link(self, span: Any) -> None:
         """To the run before, whose root span a file names; name ours there."""
-        from opentelemetry import propagate, trace
+        from opentelemetry.trace.propagation import get_current_span, tracecontext
         path = self._dir / "traceparent"
-        before = propagate.extract(
+        before = tracecontext.TraceContextTextMapPropagator().extract(
             {"traceparent": path.read_text("utf-8")} if path.exists() else {})
-        span.add_link(trace.get_current_span(before).get_span_context())
+        span.add_link(get_current_span(before).get_span_context())
         write_atomically(path, self.variables()["TRACEPARENT"].encode())
 
     def variables(self) -> dict[str, str]:
         """By which the CLI's own spans become children of the current one."""
         carrier = dict[str, str]()
         if self._provider is not None:
-            from opentelemetry import propagate
-            propagate.inject(carrier)
+            from opentelemetry.trace.propagation import tracecontext
+            tracecontext.TraceContextTextMapPropagator().inject(carrier)
         return {name.upper(): value for name, value in carrier.items()}
 
     def close(self) -> None:
@@ -1863,7 +1863,8 @@ class Telemetry:
             sender.join(max(0.0, until_s - time.monotonic()))
             self._told.write("no answer\n" * sender.is_alive())
         if told := self._told.getvalue():
-            self._warn(f"warning: telemetry was not sent: {told.splitlines()[0]}")
+            self._warn("warning: telemetry: " + re.sub(      # a header may be a key
+                "(?i)(header.*?: ).*", r"\1...", told.splitlines()[0]))
 
 # ==== 14. Reporting ================================================= [shell]
 # An agent's escape sequences, and characters that turn the direction of reading.
@@ -2010,7 +2011,6 @@ def readable_events(lines: Iterable[bytes]) -> Iterator[str]:
             if told and kind in signs:
                 yield textwrap.indent(shortened(told, 4000), signs[kind])
 
-_TOLD = ("question", "answer", "evidence", "fix_plan")   # in people's or agents' words
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy"
@@ -2061,16 +2061,15 @@ def report_page(state: RunState, plan: Plan, is_running: bool,
         word, cost_usd = str(line.get("status", line.get("kind"))), line.get("cost_usd")
         tokens = sum(map(_number, _object(line.get("tokens")).values()))
         heading = ", ".join(filter(None, (
-            f"{line['at'][:19]} {line.get('task', 'run')}", line.get("rule"),
+            f"{line['at'][:19]} {line.get('task', 'run')}", _text(line.get("rule")),
             duration_text(length_s), tokens and f"{tokens} tokens",
             cost_usd and f"${cost_usd:.2f}")))
-        words = [_text(line.get(key)) for key in _TOLD]
-        facts = {key: value for key, value in line.items() if key not in _TOLD}
+        words = map(_text, map(line.get, "question answer evidence fix_plan".split()))
         bars.append(
             f'<svg aria-hidden="true"><rect class="{html.escape(word)}" height="100%" '
             f'x="{at_s * percent:.2f}%" width="{max(0.2, length_s * percent):.2f}%"/>'
             "</svg>" + details(heading, word, *words, said.get(
-                _text(line.get("transcript")), ""), shown(facts)))
+                _text(line.get("transcript")), ""), shown(line)))
     return _CONTROLS.sub("", _PAGE.format(
         title=html.escape(title), about=f"{begun:%F %T} to {until:%F %T} UTC",
         left=html.escape(left), table=table, tasks="".join(tasks), bars="".join(bars)))
@@ -2235,7 +2234,7 @@ class TaskRunner:
         if verdict is None:
             return state
         asked, last = verdict.question, state.record(task.id).attempts[-1]
-        if session and old.answer and old.question and asked and similarity(
+        if session and old.is_answered and old.question and asked and similarity(
                 asked.text, old.question.text) >= config.error_similarity:
             return self._fail(state, task, f"{ASKS_AGAIN}: {old.question.text}")
         if verdict.status is VerdictStatus.NEEDS_HUMAN and not detect_loop(
@@ -2285,10 +2284,10 @@ class TaskRunner:
     def _ask(self, state: RunState, task: Task, prompt: str, *, session_id: str = "",
              red: str = "") -> tuple[RunState, Verdict | None]:
         """One attempt, counted before the call; none if the API or session was away."""
-        state, config = self._counted(state, task), self._config
+        state, config = state.updated(task.id, session_id=session_id), self._config
         state, attempt, verdict, result = self._call(
-            state, task, red, prompt=prompt, session_id=session_id, model=task.model,
-            timeout_s=task.timeout_s)
+            self._counted(state, task), task, red, prompt=prompt, model=task.model,
+            session_id=session_id, timeout_s=task.timeout_s)
         if problem := outage(result):
             state = replace(state, in_flight=result.session_id and task.id).updated(
                 task.id, session_id=result.session_id, started=attempt.number - 1)
@@ -2332,11 +2331,11 @@ class TaskRunner:
                     round(result.usage.cost_usd, 6), said.fix_plan, state.head)
                 note(call_attributes(attempt, result))
             # a word that an interpreter or gates will outrank is no attempt's last one
-            is_open = (task.gates and task.id != E2E_ID and word == "completed" or
-                       self._config.interpreter and not first and rule[:5] == "text_")
-            more = {"kind": "interpreter"} if first else {}
+            is_open = bool(task.gates and task.id != E2E_ID and word == "completed" or
+                           options["session_id"] and rule == "missing_session" or
+                           crew.config.interpreter and not first and rule[:4] == "text")
             self._book(state, task, attempt, result, transcript=transcript.name,
-                       is_open=bool(is_open), **more)
+                       is_open=is_open, **{"kind": "interpreter"} if first else {})
             state = replace(state, cost_usd=round(state.cost_usd + attempt.cost_usd, 6))
             if stopped:
                 raise stopped
@@ -2363,7 +2362,8 @@ class TaskRunner:
         config, now = self._config, self._crew.clock.now()
         if problem.kind is OutageKind.PERSON:
             asked = Question(f"Claude Code cannot work: {problem.reason}", (CURED,))
-            return self._park(replace(state, in_flight=""), task, question=asked)
+            kept = state.in_flight if state.record(task.id).is_answered else ""
+            return self._park(replace(state, in_flight=kept), task, question=asked)
         self._outages += 1
         wait_s = retry_delay_s(problem, self._outages, now.timestamp(), config)
         until = "" if wait_s == float("inf") else stamp(now + timedelta(seconds=wait_s))
@@ -2377,8 +2377,7 @@ class TaskRunner:
     def _sit_out(self, state: RunState) -> RunState:
         """Wait as saved, maybe by an earlier run."""
         wait, crew = state.wait or Wait("", ""), self._crew
-        wait_s = seconds_to(wait.until, crew.clock.now())
-        if wait_s > 0:
+        if (wait_s := seconds_to(wait.until, crew.clock.now())) > 0:
             self._tell(told := f"{wait.reason}: going on at {wait.until}")
             if wait_s > LONG_WAIT_S:
                 crew.notifier.tell("waiting", state.milestone, told)
@@ -2410,10 +2409,10 @@ class E2ERunner(TaskRunner):
         record, config = state.record(E2E_ID), self._config
         here = [a for a in record.attempts if a.commit == state.head]
         failed = sum(a.status == VerdictStatus.FAILED for a in here)
-        is_by_hand = record.answer in BY_HAND
+        by_hand = record.status is TaskStatus.NEEDS_HUMAN and record.answer in BY_HAND
         is_plan = record.question and record.question.options != (CURED,)
-        if here and (is_by_hand or here[-1].status == VerdictStatus.COMPLETED):
-            told = f"a person said: {record.answer}" if is_by_hand else \
+        if here and (by_hand or here[-1].status == VerdictStatus.COMPLETED):
+            told = f"a person said: {record.answer}" if by_hand else \
                 f"flaky: failed {failed} of {len(here)} runs" if failed else ""
             state = self._put(state, task, status=TaskStatus.COMPLETED, reason=told)
             return self._rollback(state, task)
@@ -2447,10 +2446,9 @@ class E2ERunner(TaskRunner):
         state, verdict = self._ask(state, task, prompt, red=red)
         if verdict is None:
             return state
-        asked = verdict.question or Question(verdict.evidence)
-        asked = replace(asked, options=(*asked.options, *BY_HAND))
+        q = verdict.question or Question(verdict.evidence)
         put = self._park if verdict.status is VerdictStatus.NEEDS_HUMAN else self._put
-        return put(state, task, question=asked)
+        return put(state, task, question=replace(q, options=(*q.options, *BY_HAND)))
 
     def _red(self, state: RunState, task: Task) -> str:
         """What fails of the tasks' gates, passed once, or of the scenario's; or ''."""
@@ -2458,7 +2456,8 @@ class E2ERunner(TaskRunner):
         known = {run.commit for run in runs if run.rule != "gate"} | {
             fix.checkpoint for fix in state.fixes.values()}    # the tasks' passed there
         tasks = [t for t in self._plan.tasks if state.record(t.id).checkpoint]
-        for step in (task,) if state.head in known else (*tasks, task):
+        edited = any(state.record(t.id).sha256 != t.sha256 for t in tasks)
+        for step in (task,) if state.head in known and not edited else (*tasks, task):
             for gate in step.gates:
                 if told := self._gate(gate, step):
                     return f"{self._breaker(state, step, gate)}task {step.id}'s {told}"
@@ -2473,10 +2472,9 @@ class E2ERunner(TaskRunner):
         if task.id == E2E_ID and self._config.e2e_bisect == "no":
             return ""
         done = [i for i, record in state.tasks.items() if record.checkpoint]
-        broken = [*itertools.takewhile(fails, reversed(done))]
+        bad = [*itertools.takewhile(fails, reversed(done))]
         self._crew.sandbox.visit(state.branch)
-        is_known = 0 < len(broken) < len(done)
-        return f"first broken by task {broken[-1]}: " if is_known else ""
+        return f"first broken by task {bad[-1]}: " if 0 < len(bad) < len(done) else ""
 
     def _fix(self, state: RunState, task: Task, fix_plan: str) -> RunState:
         """A task of its own, with one attempt; its gates are those of all tasks."""
@@ -2801,6 +2799,8 @@ def cmd_report(world: World) -> None:
     page = report_page(state, plan, bool(lock_owner(store.lock)),
                        store.ledger.of_run(state), said)
     target = Path(world.args.o or store.folder / "report.html")
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{target} is no file", hint="-o names one")
     write_atomically(target, page.encode(errors="replace"))
     world.reporter.answer(str(target))
 
@@ -2908,7 +2908,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {      # of arguments; the others are swit
     "--answer-file": {"dest": "answer", "type": lambda f: str(contents(f), "utf-8")},
     "--skip": {"dest": "answer", "action": "store_const", "const": ""},
     "--by": {"choices": ("milestone", "task", "model", "day"), "default": "milestone"},
-    "--since": {"metavar": "2026-01-31", "type": datetime.fromisoformat}}
+    "--since": {"metavar": "2026-01-31", "type": date.fromisoformat}}
 _CLI: tuple[tuple[str, Callable[[World], ExitCode | None], str, str], ...] = (
     ("run", cmd_run, "plan --fresh --create-pr", ""),
     ("resume", cmd_run, "plan --answer --answer-file --skip --create-pr",

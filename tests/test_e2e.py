@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -15,6 +16,7 @@ from fakes import (
     World,
     asks,
     completed,
+    ctrl_c,
     failed,
     logged_out,
     overloaded,
@@ -477,3 +479,34 @@ def test_no_sequence_of_outcomes_crashes_and_answers_exceeds_a_limit(
     assert runs <= (1 + retries) * 3 + 2 + outages
     for fix in state.fixes.values():
         assert fix.started <= 1 + ko.MAX_QUESTIONS
+
+
+# What a refactoring had lost.
+
+def test_a_persons_old_word_does_not_settle_a_new_run_of_the_scenario() -> None:
+    a_world = world(BROKEN, BROKEN)
+    a_world.run()
+    a_world.run(answer=ko.BY_HAND[1])
+    again = a_world.run_one(a_world.plan.e2e)
+    assert again.record(ko.E2E_ID).status is ko.TaskStatus.NEEDS_HUMAN
+    assert code(a_world) is ko.ExitCode.NEEDS_HUMAN
+
+
+def test_nor_that_of_what_a_task_added_since_has_broken() -> None:
+    unclear = reported(status="failed", diagnosis="nobody is there", fixable=False)
+    a_world = world(BROKEN, completed(), unclear)
+    a_world.run()
+    a_world.plan = plan(task(), task("1.2"), e2e=a_world.plan.e2e)
+    after = a_world.run(answer=ko.BY_HAND[1])
+    assert after.record(ko.E2E_ID).status is ko.TaskStatus.NEEDS_HUMAN
+
+
+def test_an_edited_tasks_gate_is_run_though_the_commit_was_tried_before() -> None:
+    a_world = world(broken("it hung"), ctrl_c(), PASSED, e2e_retries=1,
+                    sandbox=FakeSandbox(unit=ALWAYS))
+    with pytest.raises(ko.Interrupted):
+        a_world.run()
+    edited = dataclasses.replace(task(), text="edited", gates=("unit",))
+    a_world.plan = plan(edited, e2e=a_world.plan.e2e)
+    a_world.run()
+    assert "gate unit" in a_world.sandbox.calls and code(a_world) is not ko.ExitCode.OK

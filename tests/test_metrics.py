@@ -26,6 +26,7 @@ from fakes import (
     plan,
     reported,
     scenario,
+    session_gone,
     task,
     totals_of,
 )
@@ -284,6 +285,20 @@ def test_a_fix_counts_by_what_the_gates_say_of_it_and_is_no_loop() -> None:
     assert of(world, "e2e_fix_attempts_total", "false") == 1
     assert of(world, "loops_detected_total", "attempts") == 0
     assert of(world, "loops_detected_total", "e2e") == 1
+
+
+def test_an_answer_whose_session_is_gone_is_no_attempt() -> None:
+    world = World(plan(), asks(), session_gone(), completed())
+    world.run()
+    world.run(answer="red")
+    assert [of(world, "tasks_total", s) for s in ko.VerdictStatus] == [1, 0, 1]
+
+
+def test_an_outage_of_the_interpreter_leaves_nothing_waiting() -> None:
+    world = World(plan(), prose("Shall I go on?"), overloaded(),
+                  config=ko.Config(interpreter="haiku", on_question="recommend"))
+    world.run()
+    assert of(world, "waiting", "api") == 0
 
 
 # As OTLP has it.

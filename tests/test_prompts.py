@@ -45,7 +45,8 @@ def test_guidance_and_an_earlier_answer_are_passed_on() -> None:
 
 
 def test_the_answer_and_the_scenario_name_their_milestone_in_the_first_line() -> None:
-    record = dataclasses.replace(RECORD, answer="SQLite")
+    (*_, last) = RECORD.attempts
+    record = dataclasses.replace(RECORD, answer="SQLite", session_id=last.session_id)
     answer = prompt(record, is_resumed=True)
     assert answer.startswith("Answer: Task 1.2 of milestone m1: Add the command")
     assert "SQLite" in answer

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,47 @@ def test_a_persons_ctrl_c_is_not_charged_and_its_work_is_kept() -> None:
     assert rejected(world) == {"1.1-1": {"work 1"}, "1.1-1_": {"work 2"},
                                "1.1-1__": {"work 3"}}
     assert world.state().cost_usd == 1.0
+
+
+@pytest.mark.parametrize("first, then", [
+    (session_gone(), ctrl_c()), (terminated(), lost())])
+def test_an_interrupted_new_session_does_not_lead_back_to_an_old_one(
+    first: Any, then: Any,
+) -> None:
+    world = World(plan(), asks(), first, then, completed())
+    world.run()
+    for answer in ("red", ""):
+        with contextlib.suppress(ko.Interrupted):
+            world.run(answer=answer)
+    assert [call.session_id for call in world.agent.calls] == ["", "s-1", "", ""]
+    assert world.sandbox.work == {"work 4"}
+    assert world.record().status is ko.TaskStatus.COMPLETED
+
+
+def test_an_answers_session_goes_on_when_a_person_has_logged_in_again() -> None:
+    world = World(plan(), asks(), logged_out(), completed())
+    world.run()
+    world.run(answer="red")
+    world.run(answer=ko.CURED)
+    assert [call.session_id for call in world.agent.calls] == ["", "s-1", "s-1"]
+    assert world.sandbox.work == {"work 1", "work 2", "work 3"}
+
+
+def test_only_the_session_that_asked_is_told_the_answer() -> None:
+    away = dataclasses.replace(overloaded(), session_id="s-2")
+    world = World(plan(), asks(), failed(), away, completed())
+    world.run()
+    world.run(answer="red")
+    assert world.agent.calls[-1].session_id == "s-2"
+    assert "A person answered your question" not in world.agent.calls[-1].prompt
+    again = World(plan(), asks(), failed(), away, asks())
+    again.run()
+    parked = again.run(answer="red").record("1.1")       # in that session it is new
+    assert parked.status is ko.TaskStatus.NEEDS_HUMAN
+    cured = World(plan(), logged_out(), overloaded(), completed())
+    cured.run()
+    cured.run(answer=ko.CURED)
+    assert ko.CURED not in cured.agent.calls[-1].prompt
 
 
 def test_an_answers_session_that_was_interrupted_by_hand_is_gone_on_with() -> None:

@@ -111,13 +111,12 @@ STATS = [
          "or failed; gates have the last word." + EXACT, 6, "percentunit",
          {"success": ratio(growth("tasks_total", 'status="completed"'), ATTEMPTS)},
          none="no attempts", thresholds=GOOD),
-    stat("Escalations", "Questions to a person per attempt at a task; of the answers, "
-         "the share that followed the agent's advice: it might have gone on." + EXACT,
-         12, "percentunit", {"per attempt": ratio(growth("escalations_total"),
-                                                  growth("tasks_total")),
-                             "as advised": ratio(growth(
-                                 "answers_total", 'advice="followed"'),
-                                 growth("answers_total"))},
+    stat("Escalations", "Questions to a person per attempt at a task in this time; of "
+         "all answers since the ledger began, the share that followed the agent's "
+         "advice: it might have gone on.", 12, "percentunit", {
+             "per attempt": ratio(growth("escalations_total"), growth("tasks_total")),
+             "as advised": ratio(latest("answers_total", 'advice="followed"'),
+                                 latest("answers_total"))},
          none="none", thresholds=FEW),
     stat("Waiting for a person", "Questions that nobody has answered yet.", 18,
          "short", {"waiting": "sum(last_over_time(orchestrator_waiting"
