@@ -362,6 +362,31 @@ def spent(folder: Path, milestone: str) -> float:
 
 
 @pytest.mark.contract
+def test_totals_of_two_milestones_that_run_at_once_never_fall(tmp_path: Path) -> None:
+    """Each posts what it replaces as of its own last look, the other may be ahead."""
+    ledger, seen = tmp_path / "ledger.jsonl", list[tuple[int, float]]()
+    ledger.touch()
+
+    def post(found: ko.Totals, now_ns: int) -> None:
+        if (cost := found.get(("cost_usd_total", "b", ""))) is not None:
+            seen.append((now_ns, sum(cost.values())))
+
+    posting = []
+    for milestone in ("a", "b"):
+        telemetry = ko.Telemetry({}, lambda _: None, tmp_path / milestone)
+        telemetry._send(telemetry._push, ledger.open("a+b"), post)
+        posting.append(telemetry)
+        time.sleep(0.3)
+    with ledger.open("a") as file:
+        file.write(json.dumps(line(milestone="b")) + "\n")
+    time.sleep(1.2)
+    for telemetry in posting:
+        telemetry.close()
+    totals = [total for _, total in sorted(seen)]
+    assert totals == sorted(totals) and totals[-1] == 0.25
+
+
+@pytest.mark.contract
 def test_a_run_posts_zeros_first_and_the_ledgers_totals_last(
     repository: Path, receiver: OtlpReceiver,
 ) -> None:
