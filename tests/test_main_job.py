@@ -285,6 +285,7 @@ def kill_and_resume(program: Program, after_s: float) -> None:
     assert is_gone(program)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_instant_is_finished_by_the_next(tmp_path: Path) -> None:
     kill_at_random_instants(tmp_path, 4)
 

@@ -150,6 +150,7 @@ def test_hostile_text_is_inert_wherever_it_stands(put: str) -> None:
 
 
 @pytest.mark.contract
+@pytest.mark.slow
 def test_the_program_writes_the_page_of_a_run(repository: Path) -> None:
     program = Program(repository)
     fixable = TEST_PLANS / "e2e_will_fail_fixable.md"
