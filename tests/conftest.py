@@ -6,9 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from receiver import OtlpReceiver
 
 ROOT = Path(__file__).parent.parent
 TEST_PLANS = ROOT / "test_plans"
@@ -87,6 +92,14 @@ def docker_engine() -> str:
     if shown.returncode != 0:
         missing(f"no Docker engine answers: {shown.stderr.strip()}")
     return shown.stdout.strip()
+
+
+@pytest.fixture
+def receiver() -> Iterator[OtlpReceiver]:
+    """An OTLP backend on loopback."""
+    from receiver import OtlpReceiver as Backend  # what it decodes is slow to import
+    with Backend() as server:
+        yield server
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -344,12 +344,6 @@ def test_a_histogram_has_each_duration_in_its_bucket() -> None:
 
 
 # Real runs and a backend that decodes.
-
-@pytest.fixture
-def receiver() -> Iterator[OtlpReceiver]:
-    with OtlpReceiver() as server:
-        yield server
-
 
 def cost(milestone: str) -> tuple[Any, ...]:
     return "orchestrator_cost_usd_total", ("milestone", milestone)

@@ -23,12 +23,6 @@ ERROR, CLIENT = 2, 3             # a span's status code; its kind
 
 
 @pytest.fixture
-def receiver() -> Iterator[OtlpReceiver]:
-    with OtlpReceiver() as server:
-        yield server
-
-
-@pytest.fixture
 def silent_port() -> Iterator[int]:
     """A port that takes connections and never answers."""
     with socket.socket() as listening:
