@@ -2084,12 +2084,13 @@ class Crew:
     notifier: Notifier
     reporter: Reporter
     telemetry: Telemetry
-    clock: Clock
     config: Config
 
 def questions(state: RunState) -> dict[str, Question]:   # not yet answered, by task
     return {i: record.question for i, record in state.tasks.items() if record.question
             and record.status is TaskStatus.NEEDS_HUMAN and not record.answer}
+def answer_unasked(config: Config, question: Question) -> str:     # nobody being there
+    return question.recommendation if config.on_question == "recommend" else ""
 
 def chosen_answer(line: str, question: Question) -> str:
     """An option by letter or number, the recommendation for 'skip' or '', or words."""
@@ -2112,11 +2113,11 @@ def answered(state: RunState, task_id: str, answer: str, store: StateStore) -> R
 @contextlib.contextmanager
 def noted(crew: Crew, state: RunState, kind: str, **about: str) -> Iterator[None]:
     """A span, and a line of the ledger if it ends well, of what is no agent call."""
-    at, begun_s = stamp(crew.clock.now()), crew.clock.monotonic()
+    at, begun_s = stamp(crew.store.clock.now()), crew.store.clock.monotonic()
     with crew.telemetry.span(kind, **about):
         yield
     crew.store.ledger.append(state, at, kind=kind, **about, duration_s=round(
-        crew.clock.monotonic() - begun_s, 3))
+        crew.store.clock.monotonic() - begun_s, 3))
 
 def ask_person(crew: Crew, state: RunState, task_id: str) -> RunState:
     """With the answer, unless nobody is there, or they want to answer later."""
@@ -2130,8 +2131,7 @@ def ask_person(crew: Crew, state: RunState, task_id: str) -> RunState:
         if line is None or line.strip().lower() == "later":
             return state
         answer = chosen_answer(line, question)
-    if not answer and crew.config.on_question == "recommend" and (
-            answer := question.recommendation):
+    if not answer and (answer := answer_unasked(crew.config, question)):
         crew.reporter.progress(f"nobody is here, so as recommended: {answer}")
     return answered(state, task_id, answer, crew.store) if answer else state
 
@@ -2311,7 +2311,7 @@ class TaskRunner:
         """One call, of an interpreter if there is a `first` verdict; in the ledger when
         this returns. Raises what stopped it, uncounted."""
         crew, limit_usd = self._crew, self._config.max_cost_usd
-        number, at = state.record(task.id).started, stamp(crew.clock.now())
+        number, at = state.record(task.id).started, stamp(crew.store.clock.now())
         transcript = crew.store.new_transcript(task.id, number)
         try:
             with crew.telemetry.span("claude_invoke", task=task.id) as note:
@@ -2359,7 +2359,7 @@ class TaskRunner:
 
     def _put_off(self, state: RunState, task: Task, problem: Outage) -> RunState:
         """The wait saved, or a question if none is a cure. Raises OutageError."""
-        config, now = self._config, self._crew.clock.now()
+        config, now = self._config, self._crew.store.clock.now()
         if problem.kind is OutageKind.PERSON:
             asked = Question(f"Claude Code cannot work: {problem.reason}", (CURED,))
             kept = state.in_flight if state.record(task.id).is_answered else ""
@@ -2377,13 +2377,13 @@ class TaskRunner:
     def _sit_out(self, state: RunState) -> RunState:
         """Wait as saved, maybe by an earlier run."""
         wait, crew = state.wait or Wait("", ""), self._crew
-        if (wait_s := seconds_to(wait.until, crew.clock.now())) > 0:
+        if (wait_s := seconds_to(wait.until, crew.store.clock.now())) > 0:
             self._tell(told := f"{wait.reason}: going on at {wait.until}")
             if wait_s > LONG_WAIT_S:
                 crew.notifier.tell("waiting", state.milestone, told)
             with noted(crew, state, "outage_wait"):
-                while (left_s := seconds_to(wait.until, crew.clock.now())) > 0:
-                    crew.clock.sleep(crew.reporter.countdown(left_s))
+                while (left_s := seconds_to(wait.until, crew.store.clock.now())) > 0:
+                    crew.store.clock.sleep(crew.reporter.countdown(left_s))
             if wait_s > LONG_WAIT_S:
                 crew.notifier.tell("resumed", state.milestone, wait.reason)
         return replace(state, wait=None)
@@ -2435,7 +2435,7 @@ class E2ERunner(TaskRunner):
         runs, red = state.record(E2E_ID).attempts, self._red(state, task)
         if sum(a.commit == state.head for a in runs) < retries if red else (
                 task.gates and not has_prose(task)):
-            state, at = self._counted(state, task), stamp(self._crew.clock.now())
+            state, at = self._counted(state, task), stamp(self._crew.store.clock.now())
             word = VerdictStatus.FAILED if red else VerdictStatus.COMPLETED
             run = Attempt(state.record(E2E_ID).started, at, 0.0, Ended.EXIT, word,
                           "gate", red, "", 0, 0.0, commit=state.head)
@@ -2518,7 +2518,7 @@ def _begun(crew: Crew, state: RunState) -> RunState:
     sandbox = crew.sandbox
     sandbox.open()
     if not state.base:
-        kept_as = ref(state.milestone, "replaced", stamp(crew.clock.now()))
+        kept_as = ref(state.milestone, "replaced", stamp(crew.store.clock.now()))
         base = sandbox.start_branch(state.branch, crew.config.base, kept_as=kept_as)
         return crew.store.save(replace(state, base=base, head=base))
     if not sandbox.has_commit(state.head):
@@ -2548,7 +2548,7 @@ def run_milestone(crew: Crew, plan: Plan, state: RunState, task: Task | None = N
                 return state
         return state if task else _guarded(crew, plan, state)
     finally:
-        crew.store.ledger.append(state, stamp(crew.clock.now()), kind="end")
+        crew.store.ledger.append(state, stamp(crew.store.clock.now()), kind="end")
 
 def with_plan_changes(state: RunState, plan: Plan) -> tuple[RunState, tuple[str, ...]]:
     """The state matched with a plan that was edited since, and what to tell of it."""
@@ -2641,7 +2641,7 @@ def at_once(world: World, part: Plan, state: RunState) -> ExitCode | None:
         s.id).status is not TaskStatus.COMPLETED), GUARD_ID)
     for i, asked in () if world.reporter.is_interactive() else questions(state).items():
         if (i == step or step == E2E_ID and i.startswith(FIX_ID)) and not (
-                config.on_question == "recommend" and asked.recommendation):
+                answer_unasked(config, asked)):
             text = shortened(" ".join(asked.text.split()), 160)
             world.reporter.progress(f"task {i} asks: {text}; see status {part.path}")
             return ExitCode.NEEDS_HUMAN
@@ -2691,8 +2691,7 @@ def work(world: World, plan: Plan, state: RunState, task: Task | None) -> RunSta
     notifier = Notifier(world.processes, config, reporter.progress)
     agent = ClaudeAgent(sandbox, config, telemetry.variables, lambda path: Transcript(
         path, StreamDecoder(reporter.tool, config.max_repeats), reporter.silence))
-    crew = Crew(agent, sandbox, store, notifier, reporter, telemetry, world.clock,
-                config)
+    crew = Crew(agent, sandbox, store, notifier, reporter, telemetry, config)
     try:
         with contextlib.closing(telemetry), contextlib.closing(sandbox), \
                 telemetry.span("milestone", run=state.started_at) as note:

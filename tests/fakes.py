@@ -359,8 +359,7 @@ class World:
         self.terminal.connect(self.told, self.clock)
         telemetry = ko.Telemetry({}, self.terminal.progress, Path(self.plan.milestone))
         return ko.Crew(self.agent, self.sandbox, self.store,
-                       self.notifier, self.terminal, telemetry, self.clock,
-                       self.config)
+                       self.notifier, self.terminal, telemetry, self.config)
 
     def state(self) -> ko.RunState:
         """As saved, matched with the plan, as the next start reads it."""
